@@ -1,0 +1,1 @@
+"""Instruction data and supervised fine-tuning."""

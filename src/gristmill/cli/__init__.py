@@ -1,0 +1,55 @@
+"""The command line: one module per verb, imported only when that verb is called.
+
+A verb module has a frozen dataclass `Config` (its options; the docstrings are the help) and `run(config) -> int`.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "quickstart": "train, fine-tune, evaluate and export a small model from raw text, resumable",
+    "generate": "complete a prompt",
+    "chat": "talk to a model in the terminal",
+    "serve": "serve a model over the OpenAI HTTP interface, with a chat page",
+    "assets": "list, fetch and verify models and data sets",
+    "tokens": "show how a conversation is tokenised and which tokens are trained",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code. Errors of ours end with one line on stderr and code 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from gristmill import __version__
+
+        print(__version__)
+        return 0
+    from gristmill.errors import GristmillError, closest
+
+    verb = arguments[0]
+    if verb not in VERBS:
+        print(f"gristmill: unknown command {verb!r}.{closest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    from gristmill.cli.options import parse
+
+    module = import_module(f"gristmill.cli.{verb}")
+    try:
+        return int(module.run(parse(module.Config, f"gristmill {verb}", arguments[1:])))
+    except GristmillError as error:
+        print(f"gristmill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ngristmill: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()]
+    return "\n".join(["usage: gristmill COMMAND [options]   (gristmill COMMAND --help tells its options)", "", *lines])

@@ -1,0 +1,321 @@
+"""The vocabulary every folder shares: sampling parameters, outputs, messages and the protocols.
+
+Names follow the field: SamplingParams and the outputs are vLLM's, finish reasons and messages are OpenAI's.
+Nothing here imports torch, so `import gristmill` stays light.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
+
+from gristmill.errors import RequestError, closest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+Prompt = str | Sequence[int]
+"""A prompt is text or token ids. Ids are taken as they are, never re-tokenised."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens for one request. Every field is applied; an unknown one is a TypeError.
+
+    Raises RequestError, naming the field, for a value out of range.
+    """
+
+    n: int = 1
+    """How many completions to return for the prompt."""
+    temperature: float = 1.0
+    """0 is greedy; above 0 the logits are divided by it before the filters."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1 divides positive and multiplies negative logits of tokens in the prompt or output."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it is in the output."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of the given token ids."""
+    seed: int | None = None
+    """Seed of this request; None draws from the engine's seed. The batch around it has no influence."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end the output; they are not part of the returned text."""
+    stop_token_ids: Sequence[int] | None = None
+    """Token ids that end the output, besides the model's own."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    ignore_eos: bool = False
+    """Do not end at the model's end-of-sequence tokens."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None fills the context."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens are masked until so many tokens stand."""
+    logprobs: int | None = None
+    """Return log-probabilities of the chosen token and of this many most probable ones, from the raw logits."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text (the ids always hold them)."""
+
+    def __post_init__(self) -> None:
+        def need(name: str, fine: bool, what: str) -> None:
+            if not fine:
+                raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}", field=name)
+
+        need("n", self.n >= 1, "at least 1")
+        need("temperature", 0.0 <= self.temperature < float("inf"), "0 or more")
+        need("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
+        need("top_k", self.top_k >= -1, "0 (off) or more")
+        need("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
+        need("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0")
+        need("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
+        need("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
+        need("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        need("min_tokens", self.min_tokens >= 0, "0 or more")
+        if self.max_tokens is not None:
+            need("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")
+        need("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
+        need("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more")
+        need("stop", all(self.stop_strings), "without empty strings")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
+        """Build from a plain mapping; an unknown key raises RequestError with the closest names."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise RequestError(f"unknown sampling parameter {name!r}.{closest(name, known)}", field=name)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural-log probability of one token and its rank in the vocabulary (1 is the most probable)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass
+class CompletionOutput:
+    """One completion. `finish_reason` is None while it is still running."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    """Sum of the chosen tokens' raw log-probabilities in nats; None when logprobs were not asked for."""
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for end-of-sequence and length."""
+    error: str | None = None
+    """What went wrong, when finish_reason is 'error'."""
+
+
+@dataclass
+class RequestOutput:
+    """All completions of one request, so far or final (`finished`)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probability of a completion given its prompt.
+
+    `token_logprobs` are natural logs, one per completion token; `is_greedy` tells whether each token was the
+    most probable one.
+    """
+
+    token_ids: list[int]
+    token_logprobs: list[float]
+    is_greedy: bool
+
+    @property
+    def logprob(self) -> float:
+        """Sum over the completion, in nats."""
+        return sum(self.token_logprobs)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens.
+
+    `loss_mask[i]` is 1 where token i is to be learned; `offsets[i]` is its (start, end) in `text`, in characters.
+    """
+
+    token_ids: list[int]
+    loss_mask: list[int]
+    offsets: list[tuple[int, int]]
+    text: str
+
+
+@runtime_checkable
+class Renderer(Protocol):
+    """Turns conversations into token ids, and says which of them a model is to learn."""
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """The whole conversation for training. Assistant content and its stop token have mask 1, all else 0.
+
+        Raises DataError for an empty conversation, an unknown role or content that spells a special token.
+        """
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids that end where the assistant's next answer begins. A prefix of `render` of the answered one."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant turn."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """All that prompting, retrieval, agents and evaluation may know of a model."""
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """One finished output per prompt, in order. A string or a flat list of ids is one prompt."""
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """The same for conversations, rendered with the model's chat template."""
+
+    def score(self, prompt: Prompt, completion: Prompt) -> Score:
+        """Log-probability of `completion` after `prompt`. The two are tokenised apart and joined."""
+
+    def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
+        """`score` for many pairs at once, in order."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors, shape (texts, dimensions), float32."""
+
+
+class KVCache(Protocol):
+    """Where attention finds the keys and values of earlier tokens. One object serves all layers of one forward.
+
+    The model hands over what a layer computed for the tokens of this step and gets the attended values back;
+    who attends to whom, and where keys and values live, is the cache's business alone.
+    """
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend causally within each sequence.
+
+        query (tokens, heads, head_dim); key and value (tokens, kv_heads, head_dim); returns the shape of query.
+        """
+
+
+class Objective(Protocol):
+    """A self-supervised or supervised training objective over flat, document-aware batches."""
+
+    def loss_sum(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """Summed loss in nats and the number of targets it is summed over; the trainer divides, globally."""
+
+
+class LogitsProcessor(Protocol):
+    """Changes the next-token logits of one request; used alike for single, batched and speculative decoding."""
+
+    @property
+    def is_argmax_invariant(self) -> bool:
+        """True when `apply` can never change the most probable token, so greedy requests may skip it."""
+
+    def apply(self, logits: Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Tensor:
+        """New logits, shape (vocab,), given the ids so far. Must not modify its input."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A candidate answer: its text and its token ids."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+
+
+class Verifier(Protocol):
+    """Scores candidate solutions. Higher is better; 1.0 is certainly right where the verifier is exact."""
+
+    def score(self, problem: str, solutions: Sequence[Solution]) -> list[float]:
+        """One score per solution, in order. Never raises for a malformed solution: it scores 0."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document with its retrieval score (higher is nearer)."""
+
+    document_id: str
+    text: str
+    score: float
+
+
+class Retriever(Protocol):
+    """Finds passages for a query."""
+
+    def retrieve(self, query: str, k: int) -> list[Passage]:
+        """At most k passages, best first."""
+
+
+class Tool(Protocol):
+    """Something an agent can call. `parameters` is a JSON schema."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+    def call(self, arguments: dict[str, Any]) -> str:
+        """The observation as text. Errors the model should see are returned, not raised."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A metric with what is needed to trust it: standard error, sample count and per-sample records."""
+
+    name: str
+    value: float
+    standard_error: float
+    samples: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Task(Protocol):
+    """An evaluation: samples and how to score a model on them."""
+
+    name: str
+
+    def evaluate(self, model: LanguageModel) -> TaskResult:
+        """Run every sample; the same model and task give the same result."""

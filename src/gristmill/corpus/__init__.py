@@ -1,0 +1,1 @@
+"""Sources, cleaning, deduplication, shards and loaders."""

@@ -1,0 +1,1 @@
+"""The inference engine: scheduler, block pool, sampling, and the LLM class."""

@@ -1,0 +1,1 @@
+"""One model definition, its memory and its checkpoint formats."""

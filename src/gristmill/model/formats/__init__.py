@@ -1,0 +1,1 @@
+"""Checkpoint formats: Hugging Face directories and GGUF files."""

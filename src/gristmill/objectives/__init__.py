@@ -1,0 +1,1 @@
+"""Training objectives: corruption and loss as pure functions."""
