@@ -1,0 +1,127 @@
+"""`LLM`: the engine behind one object, with the names people know from vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from gristmill.core import Message, Prompt, RequestOutput, SamplingParams, Score
+from gristmill.engine import scoring
+from gristmill.engine.engine import Engine
+from gristmill.engine.onednn import can_pack, pack_linears
+from gristmill.errors import RequestError
+from gristmill.model.load import load_model
+from gristmill.tokens.renderer import JinjaRenderer
+
+
+class LLM:
+    """A language model that generates, chats, scores and embeds.
+
+    model: an asset name, a Hugging Face directory, a GGUF file or a run directory.
+    dtype: float32, bfloat16 or float16. seed: makes unseeded sampling repeatable.
+    fast_kernels: use packed weights where they help; off gives the plain PyTorch path, equal up to rounding.
+    Further keywords go to `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        seed: int = 0,
+        fast_kernels: bool = True,
+        **engine_options: Any,
+    ) -> None:
+        self.model_name = str(model)
+        self.model, self.tokenizer = load_model(model, dtype=dtype, device=device)
+        if fast_kernels and can_pack(self.model):
+            pack_linears(self.model)
+        self.engine = Engine(self.model, self.tokenizer, seed=seed, **engine_options)
+        self.max_model_len = self.engine.max_model_len
+        self._renderer: JinjaRenderer | None = None
+
+    @property
+    def renderer(self) -> JinjaRenderer:
+        """The chat renderer of the model's own template; made, and its template checked, on first use."""
+        if self._renderer is None:
+            self._renderer = JinjaRenderer(self.tokenizer)
+        return self._renderer
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """See `LanguageModel.generate`. If one prompt is refused, none is run."""
+        params = sampling_params or SamplingParams()
+        ids: list[str] = []
+        finished: dict[str, RequestOutput] = {}
+        try:
+            for prompt in _as_list(prompts):
+                ids += [self.engine.add(prompt, params)]
+            while len(finished) < len(ids):
+                finished.update({output.request_id: output for output in self.engine.step() if output.finished})
+        finally:
+            for request_id in ids:
+                self.engine.abort(request_id)
+        return [finished[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """See `LanguageModel.chat`."""
+        single = bool(messages) and isinstance(messages[0], dict)
+        conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
+        return self.generate([self.renderer.render_prompt(c) for c in conversations], sampling_params)
+
+    def score(self, prompt: Prompt, completion: Prompt) -> Score:
+        """See `LanguageModel.score`."""
+        return self.score_many([(prompt, completion)])[0]
+
+    def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
+        """See `LanguageModel.score_many`."""
+        encoded = []
+        for prompt, completion in pairs:
+            prompt_ids = self._encode(prompt, "prompt")
+            completion_ids = self._encode(completion, "completion")
+            total = len(prompt_ids) + len(completion_ids)
+            if total > self.max_model_len:
+                raise RequestError(
+                    f"prompt and completion have {total} tokens, the context holds {self.max_model_len}",
+                    field="completion",
+                    code="context_length_exceeded",
+                )
+            encoded.append((prompt_ids, completion_ids))
+        return scoring.score_completions(self.model, encoded)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """See `LanguageModel.embed`: the mean of the final hidden states, scaled to unit length."""
+        ids = [self._encode(text, "texts") for text in texts]
+        for number, item in enumerate(ids):
+            if len(item) > self.max_model_len:
+                raise RequestError(
+                    f"text {number} has {len(item)} tokens, the context holds {self.max_model_len}", field="texts"
+                )
+        return scoring.mean_embeddings(self.model, ids)
+
+    def _encode(self, text: Prompt, field: str) -> list[int]:
+        # a start token belongs before a prompt, never between a prompt and its completion
+        add_bos = False if field == "completion" else None
+        ids = self.tokenizer.encode(text, add_bos=add_bos) if isinstance(text, str) else list(text)
+        if not ids:
+            raise RequestError(f"{field} is empty", field=field)
+        vocabulary = self.model.config.vocab_size
+        if bad := [token for token in ids if not 0 <= token < vocabulary]:
+            raise RequestError(f"{field}: token id {bad[0]} is not in the vocabulary of {vocabulary}", field=field)
+        return ids
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, np.integer, torch.Tensor))):
+        return [cast(Prompt, prompts)]
+    return [cast(Prompt, prompt) for prompt in prompts]
