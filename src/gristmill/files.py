@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gristmill.errors import GristmillError
+from gristmill.errors import DataError, GristmillError
 
 
 def _sibling(path: Path) -> Path:
@@ -26,9 +26,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises GristmillError when the disk is full or the folder cannot be written; `path` is then unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
@@ -36,7 +36,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing to remove, or a folder that was never there
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -45,10 +46,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     An existing directory at `path` is moved aside first and deleted only after the new one stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _sibling(path), _sibling(path)
-    temporary.mkdir()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -58,10 +59,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
     except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
         raise _write_error(path, error) from error
     finally:
+        if old.exists() and not path.exists():  # stopped between the two renames, by an error or by Ctrl-C
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -75,6 +76,46 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically. NaN is refused: it is not JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_jsonl(
+    path: Path, *, on_error: Callable[[DataError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and object of each line that is not blank.
+
+    Raises DataError with file, line and byte for a line that is not UTF-8, not JSON or not an object; with
+    `on_error` the error is handed to it instead, and when it returns the line is left out. A missing file raises.
+    """
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    offset = 0
+    with handle:
+        for number, line in enumerate(handle, start=1):
+            begin, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                yield number, _parse_line(line, f"{path} line {number}", begin)
+            except DataError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+
+
+def _parse_line(line: bytes, where: str, begin: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if begin == 0 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {begin + error.start} (0x{line[error.start]:02x})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+        raise DataError(f"{where}: not JSON that can be read ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _write_error(path: Path, error: OSError) -> GristmillError:

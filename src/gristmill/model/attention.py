@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,22 +56,29 @@ class PackedCausal:
     """
 
     def __init__(self, segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.groups: list[tuple[Tensor, Tensor]] = []
         self.uniform = segment_lengths[0] if len(set(segment_lengths)) == 1 else None
         if self.uniform is not None:
             return
-        members: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
         start = 0
         for length in segment_lengths:
-            members[_bucket(length)].append((start, length))
+            groups[_bucket(length)].append((start, length))
             start += length
-        for group in members.values():
-            starts = torch.tensor([item[0] for item in group])[:, None]
-            lengths = torch.tensor([item[1] for item in group])[:, None]
+        self.shapes: list[tuple[int, int]] = []
+        sources, places, offset = [], [], 0
+        for members in groups.values():
+            starts = torch.tensor([item[0] for item in members])[:, None]
+            lengths = torch.tensor([item[1] for item in members])[:, None]
             columns = torch.arange(int(lengths.max()))
             real = columns < lengths
-            indices = torch.where(real, starts + columns, starts)
-            self.groups.append((indices.to(device), real.to(device)))
+            self.shapes.append((real.shape[0], real.shape[1]))
+            sources.append(torch.where(real, starts + columns, starts).flatten())
+            places.append(torch.stack(((starts + columns)[real], offset + real.flatten().nonzero().squeeze(1))))
+            offset += real.numel()
+        # source[j]: the token that stands at padded place j; place[i]: the padded place of token i
+        self.source = torch.cat(sources).to(device)
+        tokens, padded = torch.cat(places, dim=1)
+        self.place = torch.empty_like(padded).index_copy_(0, tokens, padded).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `KVCache.attend`."""
@@ -78,16 +86,44 @@ class PackedCausal:
             rows = (-1, self.uniform)
             out = causal_attention(*(x.unflatten(0, rows) for x in (query, key, value)))
             return out.flatten(0, 1)
-        attended, places = [], []
-        for indices, real in self.groups:
-            flat = indices.flatten()
-            padded = (x.index_select(0, flat).unflatten(0, indices.shape) for x in (query, key, value))
-            attended.append(causal_attention(*padded)[real])
-            places.append(indices[real])
-        order = torch.cat(places)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        return torch.cat(attended).index_select(0, inverse)
+        sizes = [rows * longest for rows, longest in self.shapes]
+        padded = [_Pad.apply(x, self.source, self.place).split(sizes) for x in (query, key, value)]  # type: ignore[no-untyped-call]
+        attended = [
+            causal_attention(*(part.unflatten(0, shape) for part in parts)).flatten(0, 1)
+            for shape, *parts in zip(self.shapes, *padded, strict=True)
+        ]
+        flat: Tensor = _Unpad.apply(torch.cat(attended), self.place)  # type: ignore[no-untyped-call]
+        return flat
+
+
+class _Pad(torch.autograd.Function):
+    """Tokens to padded places. Each token has one real place, so its gradient is a read, not a sum over places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(0, place), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded places back to tokens. What stands at a padded place has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.rows = padded.shape[0]
+        return padded.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        out = grads[0].new_zeros((ctx.rows, *grads[0].shape[1:]))
+        return out.index_copy_(0, place, grads[0]), None
 
 
 def _bucket(length: int) -> int:

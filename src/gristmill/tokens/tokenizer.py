@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from gristmill.errors import CheckpointError
+from gristmill.errors import CheckpointError, DataError
 from gristmill.files import write_json, write_text
 
 
@@ -43,17 +44,24 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Token ids. Special tokens spelled in the text are recognised.
 
-        `add_bos` None does what the model was trained with (`add_bos_token`).
+        `add_bos` None does what the model was trained with (`add_bos_token`). Raises DataError for text with half of
+        a surrogate pair, which UTF-8 cannot hold.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise _not_encodable([text], error) from error
         add_bos = self.add_bos_token if add_bos is None else add_bos
         if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             return [self.bos_token_id, *ids]
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts at once, without a start token."""
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Ids of many texts at once, without a start token. Raises DataError as `encode` does."""
+        try:
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError as error:
+            raise _not_encodable(texts, error) from error
         return [item.ids for item in encoded]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -83,6 +91,8 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         write_json(directory / "tokenizer_config.json", config)
+        # A template file beside the configuration would win over it, so one left by an earlier tokenizer must go.
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
         write_json(
             directory / "generation_config.json",
             {
@@ -94,7 +104,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read a Hugging Face directory. Raises CheckpointError when tokenizer.json is missing or broken."""
+        """Read a Hugging Face directory.
+
+        Stop ids come from generation_config.json, else config.json, and hold the end-of-sequence token in any case.
+        Truncation and padding stored in tokenizer.json are switched off: nothing is cut in silence.
+        Raises CheckpointError, naming the file, when one is missing or broken or names a token that does not exist.
+        """
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{directory}: tokenizer.json is missing")
@@ -102,30 +117,96 @@ class Tokenizer:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
-        config = _read_json(directory / "tokenizer_config.json")
-        generation = _read_json(directory / "generation_config.json")
+        backend.no_truncation()
+        backend.no_padding()
+        config_path = directory / "tokenizer_config.json"
+        config = {**_read_json(directory / "special_tokens_map.json"), **_read_json(config_path)}
+        _add_missing_tokens(backend, config, config_path)
 
         def special(name: str) -> int | None:
             token = config.get(name)
             text = token.get("content") if isinstance(token, dict) else token
-            return None if text is None else backend.token_to_id(text)
+            if text is None:
+                return None
+            index = backend.token_to_id(str(text))
+            if index is None:
+                raise CheckpointError(f"{config_path}: {name} {text!r} is not in the vocabulary of {path.name}")
+            return index
 
-        eos = special("eos_token")
-        stops = generation.get("eos_token_id", eos)
-        stop_ids = stops if isinstance(stops, list) else [stops]
-        template = config.get("chat_template")
-        beside = directory / "chat_template.jinja"
-        if beside.is_file():
-            template = beside.read_text(encoding="utf-8")
+        bos, eos = special("bos_token"), special("eos_token")
+        add_bos = config.get("add_bos_token")
         return cls(
             backend=backend,
-            bos_token_id=special("bos_token"),
+            bos_token_id=bos,
             eos_token_id=eos,
             pad_token_id=special("pad_token"),
-            stop_token_ids=tuple(dict.fromkeys(i for i in [*stop_ids, eos] if i is not None)),
-            chat_template=template,
-            add_bos_token=bool(config.get("add_bos_token", False)),
+            stop_token_ids=_stop_ids(directory, backend, eos),
+            chat_template=_chat_template(directory, config),
+            add_bos_token=_starts_with(backend, bos) if add_bos is None else bool(add_bos),
         )
+
+
+def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], path: Path) -> None:
+    """Tokens that only tokenizer_config.json knows. Raises CheckpointError when one cannot have the id it claims."""
+    listed = config.get("added_tokens_decoder") or {}
+    for index, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        text = token["content"]
+        if backend.token_to_id(text) is None:
+            flags = {name: token[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token}
+            added = AddedToken(text, special=bool(token.get("special")), **flags)
+            if added.special:
+                backend.add_special_tokens([added])
+            else:
+                backend.add_tokens([added])
+        if backend.token_to_id(text) != int(index):
+            raise CheckpointError(f"{path}: {text!r} should have id {index}, it has {backend.token_to_id(text)}")
+
+
+def _stop_ids(directory: Path, backend: Backend, eos: int | None) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        given = _read_json(directory / name).get("eos_token_id")
+        if given is None:
+            continue
+        stops = given if isinstance(given, list) else [given]
+        for index in stops:
+            if not isinstance(index, int) or backend.id_to_token(index) is None:
+                raise CheckpointError(f"{directory / name}: eos_token_id {index!r} is not a token of tokenizer.json")
+        return tuple(dict.fromkeys([*stops, *([] if eos is None else [eos])]))
+    return () if eos is None else (eos,)
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The template file beside the configuration, else the configuration's; of several named ones, the default."""
+    beside = directory / "chat_template.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        if "default" not in named:
+            raise CheckpointError(
+                f"{directory}: no chat template is named default (found: {', '.join(map(str, named))})"
+            )
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{directory}: chat_template must be text, got {type(template).__name__}")
+    return template
+
+
+def _starts_with(backend: Backend, bos: int | None) -> bool:
+    """Whether the backend's own post-processor puts the start token first, as Llama-3's does without saying so."""
+    return bos is not None and backend.encode("x").ids[:1] == [bos]
+
+
+def _not_encodable(texts: Sequence[object], error: TypeError) -> Exception:
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            return error
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as reason:
+            return DataError(f"text {index} holds half of a surrogate pair at character {reason.start}; remove it")
+    return error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

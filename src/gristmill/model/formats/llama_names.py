@@ -6,13 +6,12 @@ between that and one matrix per projection, under Hugging Face names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from gristmill.errors import CheckpointError
 from gristmill.model.config import ModelConfig
+from gristmill.model.formats.state import check_names
 
 # our fused matrix: the Hugging Face matrices whose rows it stacks, in order
 _FUSED = {
@@ -77,20 +76,3 @@ def split(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         pieces = state[ours].split(sizes[len(parts)]) if len(parts) > 1 else (state[ours],)
         out.update({name: piece.contiguous() for name, piece in zip(parts, pieces, strict=True)})
     return out
-
-
-def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
-    """Raise CheckpointError unless the two sets of tensor names are the same."""
-    wanted, found = set(wanted), set(found)
-    problems = []
-    if missing := sorted(wanted - found):
-        problems.append(f"missing: {_some(missing)}")
-    if surplus := sorted(found - wanted):
-        problems.append(f"no place in this configuration: {_some(surplus)}")
-    if problems:
-        raise CheckpointError(f"{where}: tensors do not match the model; {'; '.join(problems)}")
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

@@ -1,0 +1,29 @@
+"""Causal language modelling: predict each token from those before it in its document.
+
+Supervised fine-tuning is the same objective with fewer targets: the batch says which tokens are learned.
+
+Source: Radford et al. 2018, eq. 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gristmill.model.attention import PackedCausal
+from gristmill.model.transformer import Transformer
+from gristmill.objectives.cross_entropy import linear_cross_entropy_sum
+from gristmill.tokens.batch import IGNORED, PackedBatch
+
+
+class CausalLM:
+    """The `Objective` of next-token prediction over packed batches."""
+
+    def loss_sum(self, model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
+        """Summed loss in nats over the targets of the batch, and their number."""
+        assert isinstance(model, Transformer)
+        cache = PackedCausal(batch.segment_lengths, batch.input_ids.device)
+        hidden = model.hidden_states(batch.input_ids, batch.position_ids, cache)
+        learned = (batch.target_ids != IGNORED).nonzero().squeeze(1)
+        total = linear_cross_entropy_sum(hidden[learned], model.lm_head.weight, batch.target_ids[learned])
+        return total, len(learned)
