@@ -315,7 +315,9 @@ class TaskResult:
 class Task(Protocol):
     """An evaluation: samples and how to score a model on them."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     def evaluate(self, model: LanguageModel) -> TaskResult:
         """Run every sample; the same model and task give the same result."""

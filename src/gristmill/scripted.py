@@ -102,16 +102,14 @@ class ScriptedLM(LanguageModel):
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
         """The same for conversations, written as `role: content` lines that end with `assistant:`."""
-        if not messages:
-            raise RequestError("a conversation needs at least one message", field="messages")
-        one = isinstance(messages[0], Mapping)
+        one = bool(messages) and isinstance(messages[0], Mapping)
         many = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
         return self.generate([_transcript(conversation) for conversation in many], sampling_params)
 
     def score(self, prompt: Prompt, completion: Prompt) -> Score:
         """Log-probability of the completion under the bigram distribution."""
         before = self._ids(prompt, "prompt")
-        ids = self._ids(completion, "completion", empty=True)
+        ids = self._ids(completion, "completion")
         rows = [self.next_logprobs(previous) for previous in [before[-1], *ids][: len(ids)]]
         return Score(
             token_ids=ids,
@@ -140,9 +138,9 @@ class ScriptedLM(LanguageModel):
         logits = 2.0 * np.cos(0.7391 * (previous + 1) * (np.arange(self._codec.vocab_size) + 1))
         return np.asarray(logits - math.log(float(np.exp(logits).sum())))
 
-    def _ids(self, prompt: Prompt, field: str, *, empty: bool = False) -> list[int]:
+    def _ids(self, prompt: Prompt, field: str) -> list[int]:
         ids = self._codec.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not ids and not empty:
+        if not ids:
             raise RequestError(f"the {field} is empty; at least one token is needed", field=field)
         size = self._codec.vocab_size
         if wrong := [i for i in ids if not 0 <= i < size]:

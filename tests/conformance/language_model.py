@@ -99,6 +99,10 @@ class LanguageModelSuite:
         assert [ids_of(output) for output in nested] == [ids_of(output) for output in outputs]
         assert ids_of(flat[0]) == ids_of(outputs[0])
 
+    def test_no_prompts_give_no_outputs(self, model: LanguageModel) -> None:
+        assert model.generate([], greedy()) == []
+        assert model.score_many([]) == []
+
     def test_default_parameters_are_those_of_sampling_params(self, model: LanguageModel) -> None:
         (output,) = model.generate(self.prompts[0])
         assert 1 <= len(ids_of(output)) <= SamplingParams().max_tokens  # type: ignore[operator]
@@ -292,9 +296,15 @@ class LanguageModelSuite:
             model.generate(prompt, greedy())
         assert caught.value.field is not None
 
-    def test_a_score_after_nothing_is_refused(self, model: LanguageModel) -> None:
-        with pytest.raises(RequestError):
-            model.score([], "text")
+    def test_a_score_after_nothing_or_of_nothing_is_refused(self, model: LanguageModel) -> None:
+        for prompt, completion, field in [
+            ([], "text", "prompt"),
+            ("text", "", "completion"),
+            ("text", [], "completion"),
+        ]:
+            with pytest.raises(RequestError) as caught:
+                model.score(prompt, completion)
+            assert caught.value.field == field
 
     @pytest.mark.parametrize("token", [-1, 10**9])
     def test_an_id_outside_the_vocabulary_is_refused(self, model: LanguageModel, token: int) -> None:
@@ -305,7 +315,7 @@ class LanguageModelSuite:
 
     def test_an_empty_conversation_is_refused(self, model: LanguageModel) -> None:
         with pytest.raises(GristmillError):
-            model.chat([], greedy())
+            model.chat([[]], greedy())
 
     def test_a_prompt_longer_than_the_context_is_refused(self, model: LanguageModel) -> None:
         if self.context_length is None:

@@ -71,6 +71,8 @@ def test_writing_again_gives_the_same_bytes_and_fingerprint(tmp_path):
     [
         ([([1], None), ([1, 100], None)], "document 1: token id 100 is outside the vocabulary of 100"),
         ([([-1], None)], "document 0: token id -1 is outside"),
+        ([([1.5], None)], "document 0: token ids must be whole numbers, got float64"),
+        ([([1, 2], [0, 0.5])], "document 0: its loss mask must hold 0 and 1 alone"),
         ([([], None)], "document 0 has no tokens"),
         ([], "there are no documents"),
         ([([1, 2], [1])], "document 0 has 2 tokens, but its loss mask has 1"),

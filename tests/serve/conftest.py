@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-pytest.importorskip("fastapi")
-
 from gristmill.serve.app import create_app
 from serve.running import running
 from serve.scripted_engine import ScriptedEngine, ScriptedLLM

@@ -32,7 +32,7 @@ def parse(config: type[C], program: str, arguments: Sequence[str]) -> C:
     """The options as an instance of `config`. Exits with code 2 and a message that names a wrong option."""
     parser = parser_for(config, program)
     namespace = parser.parse_args(_named(config, arguments))
-    values = parser.instantiate_classes(namespace).as_dict()
+    values = parser.instantiate(namespace).as_dict()
     values.pop("config", None)
     return config(**values)
 

@@ -66,9 +66,9 @@ def _serve(config: Config, listener: socket.socket) -> int:
     app = create_app(llm, max_body_bytes=config.max_body_mb * 1_000_000)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("gristmill").setLevel(logging.INFO)
-    print(_welcome(config.host, listener.getsockname()[1], llm.model_name), flush=True)
+    welcome = _welcome(config.host, listener.getsockname()[1], llm.model_name)
     try:
-        Server(app).run(sockets=[listener])
+        Server(app, on_started=lambda: print(welcome, flush=True)).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again once it has shut down
         print("stopped")
     return 0

@@ -239,9 +239,12 @@ class _Writer:
 
 
 def _checked_ids(raw: Sequence[int] | np.ndarray, vocab_size: int, number: int) -> np.ndarray:
-    ids = np.asarray(raw, dtype=np.int64)
+    ids = np.asarray(raw)
     if ids.ndim != 1 or len(ids) == 0:
         raise DataError(f"document {number} has no tokens")
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"document {number}: token ids must be whole numbers, got {ids.dtype}")
+    ids = ids.astype(np.int64)
     if ids.min() < 0 or ids.max() >= vocab_size:
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise DataError(f"document {number}: token id {worst} is outside the vocabulary of {vocab_size}")
@@ -251,9 +254,12 @@ def _checked_ids(raw: Sequence[int] | np.ndarray, vocab_size: int, number: int) 
 def _checked_mask(raw: Sequence[int] | np.ndarray | None, length: int, number: int) -> np.ndarray | None:
     if raw is None:
         return None
-    mask = np.asarray(raw, dtype=np.uint8)
+    mask = np.asarray(raw)
     if mask.shape != (length,):
         raise DataError(f"document {number} has {length} tokens, but its loss mask has {len(mask)}")
+    if not np.isin(mask, (0, 1)).all():
+        raise DataError(f"document {number}: its loss mask must hold 0 and 1 alone")
+    mask = mask.astype(np.uint8)
     if not mask[1:].any():
         raise DataError(f"document {number}: its loss mask trains nothing (the first token is never predicted)")
     return mask

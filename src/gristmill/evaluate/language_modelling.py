@@ -12,7 +12,7 @@ from gristmill.evaluate.metrics import perplexity, ratio
 from gristmill.evaluate.provenance import content_hash
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeldOutPerplexity:
     """A Task: every document is scored token by token after `start_ids`, and once only.
 

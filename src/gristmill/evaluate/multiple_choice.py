@@ -27,7 +27,7 @@ class Question:
     messages: Sequence[Message] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class MultipleChoice:
     """A Task: accuracy over questions, with its standard error and one record per question.
 

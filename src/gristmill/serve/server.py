@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,13 +16,13 @@ SLOW_READER_SECONDS = 3
 
 
 class Server(uvicorn.Server):
-    """Serves an app of `create_app` on a bound socket.
+    """Serves an app of `create_app` on a bound socket, and calls `on_started` once requests are answered.
 
     When it is told to stop, new requests are refused, running ones get `drain_seconds` to finish, and those that
     need longer end with an error that says so.
     """
 
-    def __init__(self, app: FastAPI, *, drain_seconds: int = 3) -> None:
+    def __init__(self, app: FastAPI, *, drain_seconds: int = 3, on_started: Callable[[], None] = lambda: None) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -32,6 +33,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.app = app
         self.drain_seconds = drain_seconds
+        self.on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell so."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop the engines while uvicorn waits for the connections that use them."""

@@ -44,7 +44,7 @@ class JinjaRenderer:
         self.allow_special = allow_special
         closing = check_template(self.template, tokenizer)
         self._stop_token_ids = tuple(dict.fromkeys([*tokenizer.stop_token_ids, closing]))
-        self._stop_tokens = [tokenizer.token_of(index) or "" for index in self._stop_token_ids]
+        self._stop_tokens = [token for index in self._stop_token_ids if (token := tokenizer.token_of(index))]
         self._special_tokens = sorted(
             {*tokenizer.special_tokens, *self._stop_tokens, *_prompt_tokens(self.template, tokenizer)}
         )

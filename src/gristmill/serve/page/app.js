@@ -129,11 +129,10 @@ async function answer() {
     else failure = error.message;
   }
   running = null;
-  if (reply.content !== "" || !failure) messages.push(reply);
-  if (state.messages !== messages) return render();
+  if (reply.content !== "") messages.push(reply);
+  else if (!signal.aborted) failure ??= "The answer is empty.";
   save(state);
-  render();
-  if (failure) showFailure(failure);
+  render(state.messages === messages ? failure : null);
 }
 
 async function receive(chunks, reply, view) {
@@ -166,12 +165,13 @@ function facts({ prompt_tokens, completion_tokens }, milliseconds, reason) {
   return parts.join(" \u00b7 ");
 }
 
-function render() {
+function render(failure = null) {
   $("messages").replaceChildren();
   for (const message of state.messages) showMessage(message);
   $("empty").hidden = state.messages.length > 0;
   $("send").hidden = running !== null;
   $("stop").hidden = running === null;
+  if (failure) showFailure(failure);
   if (!running && state.messages.length > 0) showActions();
   scrollDown();
 }
@@ -188,21 +188,33 @@ function showMessage(message) {
 }
 
 function showActions() {
-  const element = $("messages").lastElementChild;
   const last = state.messages.at(-1);
-  const row = element.querySelector(".under") ?? element.appendChild(under());
-  if (last.role === "assistant") {
-    row.append(button("Regenerate", regenerate), button("Copy", () => navigator.clipboard?.writeText(last.content)));
-  } else {
-    row.append(button("Try again", regenerate));
+  if (last.role === "user") {
+    const row = under(button("Try again", regenerate), button("Edit", edit));
+    row.classList.add("user");
+    $("messages").append(row);
+    return;
   }
+  const answer = [...$("messages").querySelectorAll(".message")].at(-1);
+  const row = answer.querySelector(".under") ?? answer.appendChild(under());
+  row.append(button("Regenerate", regenerate));
+  if (navigator.clipboard) row.append(button("Copy", () => navigator.clipboard.writeText(last.content)));
+}
+
+// Takes an unanswered message back: one that the server refuses would otherwise be refused with every later one.
+function edit() {
+  if (running) return;
+  $("input").value = state.messages.pop().content;
+  save(state);
+  render();
+  fitInput();
+  $("input").focus();
 }
 
 function showFailure(message) {
   const element = node("p", "failure", message);
   element.setAttribute("role", "alert");
   $("messages").append(element);
-  scrollDown();
 }
 
 function under(...children) {

@@ -1,0 +1,137 @@
+"""All stages in order, and the report made from what they left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gristmill import assets
+from gristmill.corpus.funnel import Funnel
+from gristmill.evaluate.provenance import provenance
+from gristmill.evaluate.report import write_report
+from gristmill.evaluate.run_report import Confusion, Curve, FunnelRow, Result, RunReport, Sample, Series, Stage
+from gristmill.quickstart import evaluation, stages
+from gristmill.quickstart.config import BUDGETS, HELD_OUT_SHARE, ROW_LENGTH, QuickstartConfig, choose_precision
+from gristmill.quickstart.run import StageRecord, claim, exclusive, stage
+from gristmill.quickstart.stages import Quickstart
+from gristmill.train.metrics import read_metrics
+
+_STAGES = {
+    "corpus": stages.clean_corpus,
+    "tokenizer": stages.train_tokenizer,
+    "tokens": stages.tokenise,
+    "pretrain": stages.pretrain,
+    "questions": stages.make_questions,
+    "finetune": stages.finetune,
+    "export": evaluation.check_export,
+    "evaluation": evaluation.evaluate,
+}
+
+
+def quickstart(config: QuickstartConfig) -> RunReport:
+    """Run what is not done yet and write report.md and report.html into the run directory."""
+    run = Quickstart(config)
+    with exclusive(run.directory):
+        claim(run.directory, settings(config))
+        records = {
+            name: stage(run.directory, name, lambda record, work=work: work(run, record))  # type: ignore[misc]
+            for name, work in _STAGES.items()
+        }
+        report = make_report(run, records)
+        write_report(report, run.directory)
+    return report
+
+
+def settings(config: QuickstartConfig) -> dict[str, Any]:
+    """All that shapes the result. A run directory serves one set of them."""
+    budget = BUDGETS[config.preset]
+    return {
+        "preset": config.preset,
+        "corpus": config.corpus,
+        "seed": config.seed,
+        "device": config.device,
+        "precision": choose_precision(config),
+        "row_length": ROW_LENGTH,
+        "held_out_share": HELD_OUT_SHARE,
+        **{name: getattr(budget, name) for name in budget.__dataclass_fields__},
+    }
+
+
+def make_report(run: Quickstart, records: dict[str, StageRecord]) -> RunReport:
+    """The report of a finished run."""
+    facts = records["evaluation"].facts
+    parameters = records["pretrain"].facts["parameters"]
+    return RunReport(
+        name=f"Quickstart {run.config.preset}",
+        summary=(
+            f"A decoder of {parameters / 1e6:.1f} million parameters, pretrained from random weights on "
+            f"{records['corpus'].facts['kept']:,} short articles and fine-tuned on questions made from them."
+        ),
+        stages=[
+            Stage(record.name, record.seconds, record.tokens, record.flops, record.peak_memory_bytes)
+            for record in records.values()
+        ],
+        curves=[_curve(run.directory, "pretrain", "Pretraining"), _curve(run.directory, "finetune", "Fine-tuning")],
+        funnel=_funnel(run.directory),
+        results=[Result(**result) for result in facts["results"]],
+        verdicts=facts["verdicts"],
+        confusion=Confusion(**facts["confusion"]),
+        samples=[Sample(**sample) for sample in facts["samples"]],
+        provenance=_provenance(run, records),
+        commands=commands(run),
+    )
+
+
+def commands(run: Quickstart) -> list[tuple[str, str]]:
+    """What one can do with the finished run."""
+    return [
+        ("chat with it", f"gristmill chat {run.directory}"),
+        ("serve it over HTTP, with a page", f"gristmill serve {run.directory}"),
+        ("complete a text with the base model", f'gristmill generate {run.base_directory} --prompt "The river"'),
+    ]
+
+
+def _curve(directory: Path, name: str, title: str) -> Curve:
+    records = read_metrics(directory / name / "metrics.jsonl")
+    measured = [record for record in records if "validation_loss" in record]
+    tokens = [record["tokens"] for record in records]
+    return Curve(
+        title=title,
+        series=[
+            Series("training", tokens, [record["loss"] for record in records]),
+            Series(
+                "held out",
+                [record["tokens"] for record in measured],
+                [record["validation_loss"] for record in measured],
+            ),
+        ],
+        learning_rate=Series("learning rate", tokens, [record["learning_rate"] for record in records]),
+        hint="Both lines fall and stay close; a held-out line that turns up while the other falls is over-fitting.",
+    )
+
+
+def _funnel(directory: Path) -> list[FunnelRow]:
+    funnel = Funnel.load(directory / "corpus")
+    rows = [FunnelRow("read", funnel.documents_in)]
+    for step in funnel.steps:
+        note = f"{step.dropped} dropped" if step.dropped else ""
+        rows.append(FunnelRow(step.name, step.kept, step.characters_out, note))
+    return rows
+
+
+def _provenance(run: Quickstart, records: dict[str, StageRecord]) -> dict[str, str]:
+    facts = provenance(settings(run.config), run.config.seed)
+    if run.config.corpus:
+        facts["corpus"] = run.config.corpus
+    else:
+        asset = assets.find("wikipedia-summaries")
+        facts["corpus"] = f"{asset.name} {asset.version}, {asset.licence}, SHA-256 {asset.sha256}"
+    export = records["export"].facts
+    if export["checked"]:
+        facts["export"] = (
+            f"logits equal transformers' within {export['max_logit_difference']:.1e} on {export['tokens']} tokens"
+        )
+    else:
+        facts["export"] = export["note"]
+    facts["precision"] = records["pretrain"].facts["precision"]
+    return facts

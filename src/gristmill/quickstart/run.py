@@ -1,0 +1,102 @@
+"""Run stages in order and remember which are done, so that an interrupted run goes on.
+
+A stage leaves its files first and its record last, both atomically. A stage whose record stands is not run again; one
+that was cut off starts again, and training stages go on from their own checkpoints.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gristmill.errors import CheckpointError, GristmillError
+from gristmill.files import write_json
+
+
+@dataclass
+class StageRecord:
+    """What a stage cost and found; `facts` is plain JSON for the report."""
+
+    name: str
+    seconds: float = 0.0
+    tokens: int | None = None
+    flops: float | None = None
+    peak_memory_bytes: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the run directory: two processes in it would overwrite each other. Raises GristmillError if it is held."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise GristmillError(f"{directory}: another process is running here") from error
+        yield
+
+
+def claim(directory: Path, settings: dict[str, Any]) -> None:
+    """Make `directory` the home of a run with these settings, or check that it is.
+
+    Raises CheckpointError, naming the settings that differ, when a run with others lives there.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+    if differing:
+        changes = ", ".join(f"{key}: {found.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+        raise CheckpointError(
+            f"{directory} holds a run with other settings ({changes}). "
+            "Choose another --out, or delete it to start anew."
+        )
+
+
+def stage(directory: Path, name: str, work: Callable[[StageRecord], None]) -> StageRecord:
+    """Run `work` unless it was done before; returns its record either way. `work` fills in tokens, FLOPs and facts."""
+    path = directory / "stages" / f"{name}.json"
+    if path.exists():
+        print(f"{name}: done before", file=sys.stderr)
+        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
+    print(f"{name}:", file=sys.stderr, flush=True)
+    record = StageRecord(name)
+    _reset_peak_memory()
+    started = time.perf_counter()
+    work(record)
+    # a training stage that resumed has set its own time, that of all attempts
+    record.seconds = record.seconds or time.perf_counter() - started
+    record.peak_memory_bytes = _peak_memory()
+    write_json(path, asdict(record))
+    return record
+
+
+def _reset_peak_memory() -> None:
+    """Start a new high-water mark (Linux; elsewhere the mark of the whole process is reported)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
