@@ -67,7 +67,7 @@ def test_bodies_that_are_no_requests(served: Served, raw: bytes) -> None:
         ({"n": 10**30}, "n"),
         ({"seed": 2**64}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"min_tokens": 9, "max_tokens": 4}, "min_tokens"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a", ""]}, "stop[1]"),

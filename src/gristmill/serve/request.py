@@ -201,7 +201,7 @@ class ChatCompletionRequest(_Closed):
         own end of sequence can be another one, and then the model would talk on as the user.
         """
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise RequestError("give max_tokens or max_completion_tokens, not both", field="max_tokens")
+            raise RequestError("give max_tokens or max_completion_tokens, not both", field="max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
         if self.stream_options is not None and not self.stream:
