@@ -43,8 +43,10 @@ def run(config: Config) -> int:
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise MissingExtra(package, "serve")
-    if config.max_body_mb < 1:
-        raise GristmillError(f"--max_body_mb must be at least 1, got {config.max_body_mb}")
+    for name in ("max_body_mb", "threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise GristmillError(f"--{name} must be at least 1, got {value}")
     listener = _listen(config.host, config.port)  # before the model is loaded: a taken port is told at once
     with listener:
         return _serve(config, listener)
@@ -76,18 +78,21 @@ def _serve(config: Config, listener: socket.socket) -> int:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet, so that nobody waits for a model that is still loading."""
+    if not 0 <= port <= 65_535:  # the resolver would take it modulo 65,536
+        raise GristmillError(f"cannot listen on port {port}: ports go from 0 (any free one) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise GristmillError(f"cannot listen on {host} port {port}: {error}") from error
+    except (OSError, UnicodeError) as error:
+        raise GristmillError(f"cannot listen on {host!r}: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        hint = " Use --port 0 for a free one." if isinstance(error, OSError) else ""
-        raise GristmillError(f"cannot listen on {host} port {port}: {error}.{hint}") from error
+        raise GristmillError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Use --port 0 for a free one."
+        ) from error
     return listener
 
 

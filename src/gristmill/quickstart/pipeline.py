@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +87,19 @@ def make_report(run: Quickstart, records: dict[str, StageRecord]) -> RunReport:
 
 def commands(run: Quickstart) -> list[tuple[str, str]]:
     """What one can do with the finished run."""
+    program = _program()
     return [
-        ("chat with it", f"gristmill chat {run.directory}"),
-        ("serve it over HTTP, with a page", f"gristmill serve {run.directory}"),
-        ("complete a text with the base model", f'gristmill generate {run.base_directory} --prompt "The river"'),
+        ("chat with it", f"{program} chat {run.directory}"),
+        ("serve it over HTTP, with a page", f"{program} serve {run.directory}"),
+        ("complete a text with the base model", f'{program} generate {run.base_directory} --prompt "The river"'),
     ]
+
+
+def _program() -> str:
+    """How this shell calls us: by name, or by path where the virtual environment is not activated."""
+    if shutil.which("gristmill"):
+        return "gristmill"
+    return os.path.relpath(Path(sys.executable).parent / "gristmill")
 
 
 def _curve(directory: Path, name: str, title: str) -> Curve:
