@@ -143,7 +143,7 @@ _json = st.recursive(
 _names = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *REFUSED}))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(_names | st.text(max_size=4), _json, max_size=4))
 def test_no_body_makes_the_server_fail(served: Served, fields: dict[str, object]) -> None:
     response = served.http.post(PATH, content=json.dumps(served.body(**fields)), headers=JSON)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
 from gristmill import __version__
@@ -82,6 +82,13 @@ api = APIRouter(responses=ERRORS)
 page = APIRouter(include_in_schema=False)
 
 
+async def json_only(request: Request) -> None:
+    """Refuse other content types: a web page from elsewhere could send those without asking the browser first."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
+
+
 @api.get("/health")
 async def health(request: Request) -> Health:
     """200 while requests are taken, 503 when the server is closing."""
@@ -105,6 +112,7 @@ async def get_model(name: str, request: Request) -> ModelCard:
 @api.post(
     "/v1/chat/completions",
     response_model=None,
+    dependencies=[Depends(json_only)],
     responses={
         200: {
             "model": ChatCompletion | ChatCompletionChunk,
