@@ -2,13 +2,15 @@
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gristmill.errors import DataError, GristmillError
-from gristmill.files import atomic_directory, atomic_path, read_jsonl, write_json
+from gristmill.files import atomic_directory, atomic_path, read_jsonl, remove_leftovers, write_json
 
 
 def only(folder: Path) -> list[str]:
@@ -147,3 +149,22 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(DataError, match=f"{path.name}: cannot be read"):
             list(read_jsonl(path))
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib
+from gristmill.files import atomic_directory, atomic_path
+here = pathlib.Path({str(tmp_path)!r})
+with atomic_path(here / "file") as file, atomic_directory(here / "folder") as folder:
+    file.write_text("half")
+    (folder / "x").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert len(only(tmp_path)) == 2
+    (tmp_path / ".notes.tmp").write_text("mine")
+    (tmp_path / "data.1.0123abcd.tmp").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert only(tmp_path) == [".notes.tmp", "data.1.0123abcd.tmp"]
+    remove_leftovers(tmp_path / "not there")

@@ -7,6 +7,7 @@ the sibling is removed and the old file stays as it was.
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from typing import Any
 
 from gristmill.errors import DataError, GristmillError
 
+_LEFTOVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
-def _sibling(path: Path) -> Path:
+
+def _sibling(path: Path) -> Path:  # its name is what _LEFTOVER matches
     return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
@@ -65,6 +68,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete the temporary siblings that killed writers left in `directory`. Nobody else may be writing there."""
+    for path in list(directory.glob(".*.tmp")):
+        if _LEFTOVER.fullmatch(path.name) is None:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

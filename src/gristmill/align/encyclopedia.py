@@ -23,6 +23,11 @@ class Article:
     sentence: str
     """The first sentence of the text."""
 
+    @property
+    def has_topic(self) -> bool:
+        """Whether the topic is told."""
+        return self.topic not in ("", UNKNOWN_TOPIC)
+
 
 def articles(documents: Iterable[Document]) -> Iterator[Article]:
     """Articles of documents from `read_wikipedia_summaries`."""
@@ -33,7 +38,7 @@ def articles(documents: Iterable[Document]) -> Iterator[Article]:
 
 def topics(items: Iterable[Article]) -> list[str]:
     """The topics that occur, sorted; the unknown one is none."""
-    return sorted({item.topic for item in items} - {UNKNOWN_TOPIC})
+    return sorted({item.topic for item in items if item.has_topic})
 
 
 def topic_question(article: Article) -> list[Message]:
@@ -53,7 +58,7 @@ def description_question(article: Article) -> list[Message]:
 
 def conversations(article: Article) -> Iterator[list[Message]]:
     """All question-answer pairs of an article that have an answer."""
-    if article.topic != UNKNOWN_TOPIC:
+    if article.has_topic:
         yield _answered(topic_question(article), article.topic)
     yield _answered(about_question(article), article.sentence)
     if article.description.strip():

@@ -3,9 +3,12 @@
 A verb module has a frozen dataclass `Config` (its options; the docstrings are the help) and `run(config) -> int`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from gristmill.errors import GristmillError, closest
 
 VERBS = {
     "quickstart": "train, fine-tune, evaluate and export a small model from raw text, resumable",
@@ -19,26 +22,11 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code. Errors of ours end with one line on stderr and code 1."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if arguments[0] == "--version":
-        from gristmill import __version__
-
-        print(__version__)
-        return 0
-    from gristmill.errors import GristmillError, closest
-
-    verb = arguments[0]
-    if verb not in VERBS:
-        print(f"gristmill: unknown command {verb!r}.{closest(verb, VERBS)}", file=sys.stderr)
-        return 2
-    from gristmill.cli.options import parse
-
-    module = import_module(f"gristmill.cli.{verb}")
     try:
-        return int(module.run(parse(module.Config, f"gristmill {verb}", arguments[1:])))
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # a reader that has gone shows here, and not when Python ends
     except GristmillError as error:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
@@ -46,7 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ngristmill: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain while it ends
         return 141
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    verb = arguments[0]
+    if verb == "--version":
+        from gristmill import __version__
+
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        print(f"gristmill: unknown command {verb!r}.{closest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    from gristmill.cli.options import parse
+
+    # OpenMP threads that wait by spinning stall each other on a busy machine: waiting briefly and then sleeping costs
+    # nothing on an idle one (docs/log.md). Must be set before torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    module = import_module(f"gristmill.cli.{verb}")
+    return int(module.run(parse(module.Config, f"gristmill {verb}", arguments[1:])))
 
 
 def _help() -> str:

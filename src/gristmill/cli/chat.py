@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import secrets
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gristmill.cli.sampling import Sampling
 from gristmill.cli.stream import stream
 from gristmill.core import Message
 from gristmill.engine.llm import LLM
-from gristmill.errors import GristmillError
+from gristmill.errors import GristmillError, RequestError
 
 _HELP = "Enter sends. /new starts a new conversation, /quit (or Ctrl-D) ends, Ctrl-C stops an answer."
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Sampling):
     """Talk to a model. Reads lines from standard input, so it can be used in a pipe."""
 
     model: str
@@ -25,14 +25,11 @@ class Config:
     """System message; empty leaves it to the chat template."""
     dtype: str = "float32"
     """Type of the weights: float32, bfloat16 or float16."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How tokens are chosen."""
 
 
 def run(config: Config) -> int:
     """The conversation loop. A message that cannot be answered is reported and forgotten; the talk goes on."""
-    seed = config.sampling.seed
-    llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32) if seed is None else seed)
+    llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32))  # a seed that was asked for is the request's
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{llm.model_name}, context of {llm.max_model_len} tokens. {_HELP}", file=sys.stderr)
@@ -44,20 +41,22 @@ def run(config: Config) -> int:
         if line == "/new":
             messages = list(start)
         elif line:
-            messages = _turn(llm, config, messages, line)
+            messages = _turn(llm, config, messages, line, interactive)
     return 0
 
 
-def _turn(llm: LLM, config: Config, messages: list[Message], line: str) -> list[Message]:
+def _turn(llm: LLM, config: Config, messages: list[Message], line: str, interactive: bool) -> list[Message]:
     """Ask and answer once; returns the conversation with both, or as it was when that failed."""
     asked: list[Message] = [*messages, {"role": "user", "content": line}]
     try:
         ids = llm.renderer.render_prompt(asked)
-        output = stream(llm.engine, ids, config.sampling.params(room=llm.max_model_len - len(ids)), sys.stdout)
+        output = stream(llm.engine, ids, config.params(room=llm.max_model_len - len(ids)), sys.stdout)
     except GristmillError as error:
         print(f"{error} (use /new for a new conversation)", file=sys.stderr)
         return messages
     except KeyboardInterrupt:
+        if not interactive:
+            raise
         print("\n[stopped]", file=sys.stderr)
         return messages
     print()
@@ -67,5 +66,11 @@ def _turn(llm: LLM, config: Config, messages: list[Message], line: str) -> list[
 def _read_line(interactive: bool) -> str | None:
     try:
         return input("> " if interactive else "").strip()
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         return None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        return None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input: not UTF-8 ({error.reason})") from error

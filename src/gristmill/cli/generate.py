@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gristmill.cli.sampling import Sampling
 from gristmill.cli.stream import stream
@@ -14,7 +14,7 @@ from gristmill.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Sampling):
     """Complete a prompt with a model; the text is written to standard output as it comes."""
 
     model: str
@@ -25,21 +25,25 @@ class Config:
     """Put the prompt as a user's message through the chat template."""
     dtype: str = "float32"
     """Type of the weights: float32, bfloat16 or float16."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How tokens are chosen."""
 
 
 def run(config: Config) -> int:
     """Print the completion. Raises RequestError for an empty prompt or one beyond the context."""
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = _read_prompt() if config.prompt == "-" else config.prompt
     if not prompt:
         raise RequestError("the prompt is empty. Give one with --prompt TEXT, or --prompt - for standard input.")
-    seed = config.sampling.seed
-    llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32) if seed is None else seed)
+    llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32))  # a seed that was asked for is the request's
     messages: list[Message] = [{"role": "user", "content": prompt}]
     ids = llm.renderer.render_prompt(messages) if config.chat else llm.tokenizer.encode(prompt)
-    output = stream(llm.engine, ids, config.sampling.params(room=llm.max_model_len - len(ids)), sys.stdout)
+    output = stream(llm.engine, ids, config.params(room=llm.max_model_len - len(ids)), sys.stdout)
     print()
     if output.outputs[0].finish_reason == "length":
         print(f"[stopped after {len(output.outputs[0].token_ids)} tokens]", file=sys.stderr)
     return 0
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input: not UTF-8 at byte {error.start}", field="prompt") from error

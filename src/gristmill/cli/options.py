@@ -38,21 +38,27 @@ def parse(config: type[C], program: str, arguments: Sequence[str]) -> C:
 
 
 def _named(config: type[Any], arguments: Sequence[str]) -> list[str]:
-    """Name the bare words behind the required ones: `get x` becomes `get --name=x`.
+    """Name the bare words behind the required ones, and give bare switches their value: `get x` becomes
+    `get --name=x`, and `--chat` becomes `--chat=true`.
 
-    They go, in order, to the fields with `metadata={"positional": True}`. Optional positionals of argparse would not
-    do: they must not follow an option, and when absent they wipe out what `--config` said.
+    The words go, in order, to the fields with `metadata={"positional": True}`. Optional positionals of argparse would
+    not do: they must not follow an option, and when absent they wipe out what `--config` said.
     """
     fields = dataclasses.fields(config)
+    switches = {f"--{f.name}" for f in fields if f.type in (bool, "bool")}
     required = sum(f.default is f.default_factory is dataclasses.MISSING for f in fields)
     names = [f.name for f in fields if f.metadata.get("positional")]
-    named, words, bare = [], iter(arguments), 0
-    for word in words:
-        if word.startswith("-") and word != "-":
+    named, left, bare = [], list(arguments), 0
+    while left:
+        word = left.pop(0)
+        if word in switches and left[:1] not in (["true"], ["false"]):
+            named.append(f"{word}=true")
+        elif word.startswith("-") and word != "-":
             named.append(word)
             if "=" not in word and word not in ("-h", "--help", "--print_config"):
-                named.extend(value for value in [next(words, None)] if value is not None)
-            continue
-        bare += 1
-        named.append(f"--{names.pop(0)}={word}" if bare > required and names else word)
+                named.extend(left[:1])
+                del left[:1]
+        else:
+            bare += 1
+            named.append(f"--{names.pop(0)}={word}" if bare > required and names else word)
     return named

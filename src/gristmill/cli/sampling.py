@@ -1,4 +1,4 @@
-"""Sampling options that `generate` and `chat` share."""
+"""The options that `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from gristmill.core import SamplingParams
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen."""
+    """How tokens are chosen; a verb's options begin with these."""
 
     temperature: float = 0.7
     """0 is greedy; higher is more varied."""
@@ -36,7 +36,7 @@ class Sampling:
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            max_tokens=max(1, min(self.max_tokens, room)),
+            max_tokens=min(self.max_tokens, max(1, room)),
             stop=self.stop,
             seed=self.seed,
         )

@@ -104,10 +104,28 @@ def read_wikipedia_summaries(path: Path) -> Iterator[Document]:
         where = f"{path} article {key!r}"
         if not isinstance(article, dict):
             raise DataError(f"{where}: expected a JSON object, found {_json_type(article)}")
-        title, extract = _field(article, "title", where), _field(article, "extract", where)
-        metadata = {name: _field(article, name, where) for name in ("title", "topic", "description")}
-        yield Document(key, f"{title}\n\n{extract}", metadata)
+        yield _article(article, where, key)
     _refuse_empty(path, len(articles))
+
+
+def read_articles(path: Path) -> Iterator[Document]:
+    """Articles as `read_wikipedia_summaries` gives them, from its layout or, for .jsonl, from one article a line."""
+    if path.suffix != ".jsonl":
+        yield from read_wikipedia_summaries(path)
+        return
+    count = 0
+    for line, record in read_lines(path):
+        count += 1
+        yield _article(record, f"{path} line {line}")
+    _refuse_empty(path, count)
+
+
+def _article(article: dict[str, Any], where: str, key: str | None = None) -> Document:
+    title, extract = _field(article, "title", where), _field(article, "extract", where)
+    if not title.strip():
+        raise DataError(f'{where}: field "title" is empty')
+    metadata = {name: _field(article, name, where) for name in ("title", "topic", "description")}
+    return Document(title if key is None else key, f"{title}\n\n{extract}", metadata)
 
 
 def summary_body(document: Document) -> str:
@@ -145,6 +163,8 @@ def _read_utf8(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(

@@ -24,31 +24,37 @@ class Detokenizer:
         self._skip_special = params.skip_special_tokens
         self._ids: list[int] = []
         # ids[prefix:read] are decoded already; they are decoded again as context of what follows, because some
-        # decoders treat the start of a text specially
-        self._prefix = self._read = 0
+        # decoders treat the start of a text specially. `taken` characters of ids[prefix:] are in `decoded`.
+        self._prefix = self._read = self._taken = 0
         self._decoded = ""
 
     def append(self, token_ids: Sequence[int]) -> str | None:
         """Take new tokens; returns the stop string that now ends the text, or None."""
         self._ids.extend(token_ids)
-        context = self._decode(self._ids[self._prefix : self._read])
         window = self._decode(self._ids[self._prefix :])
-        if window.endswith(_REPLACEMENT) or len(window) <= len(context):
+        whole = window.rstrip(_REPLACEMENT)  # bytes at the end may be the beginning of a character
+        if len(whole) <= self._taken:
             return None
-        self._prefix, self._read = self._read, len(self._ids)
-        searched = len(self._decoded)
-        self._decoded += window[len(context) :]
-        stop = self._find_stop(searched)
+        stop = self._take(whole)
+        if len(whole) == len(window):
+            self._prefix, self._read = self._read, len(self._ids)
+            self._taken = len(self._decode(self._ids[self._prefix :]))
         if stop is None:
             self.text = self._decoded[: len(self._decoded) - self._held_back()]
         return stop
 
-    def finish(self) -> None:
-        """Release what was held back: no more tokens come and no stop string was found."""
-        context = self._decode(self._ids[self._prefix : self._read])
-        self._decoded += self._decode(self._ids[self._prefix :])[len(context) :]
-        self._prefix = self._read = len(self._ids)
-        self.text = self._decoded
+    def finish(self) -> str | None:
+        """Release what was held back, for no more tokens come; returns the stop string that ends it, or None."""
+        stop = self._take(self._decode(self._ids[self._prefix :]))
+        if stop is None:
+            self.text = self._decoded
+        return stop
+
+    def _take(self, window: str) -> str | None:
+        searched = len(self._decoded)
+        self._decoded += window[self._taken :]
+        self._taken = len(window)
+        return self._find_stop(searched)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)

@@ -6,7 +6,10 @@ thread owns an engine.
 
 from __future__ import annotations
 
+import math
+import operator
 import uuid
+from collections.abc import Iterable
 from collections.abc import Sequence as Ids
 from typing import cast
 
@@ -26,9 +29,12 @@ from gristmill.tokens.tokenizer import Tokenizer
 class Engine:
     """Runs one model for any number of requests.
 
+    max_model_len: most tokens of a prompt and its output; None takes the model's context, or what fits in memory.
     kv_cache_tokens: how many tokens' keys and values fit in memory, over all requests.
     max_num_batched_tokens: most tokens of one forward; longer prompts are computed in parts.
     seed: requests without a seed of their own draw theirs from it, in order of arrival.
+
+    Raises RequestError naming an option that is out of range.
     """
 
     def __init__(
@@ -43,7 +49,17 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_model_len = min(max_model_len or model.config.max_position_embeddings, kv_cache_tokens or 1 << 62)
+        context = model.config.max_position_embeddings
+        _need_at_least_one(kv_cache_tokens=kv_cache_tokens, max_num_seqs=max_num_seqs)
+        _need_at_least_one(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens)
+        if max_model_len is not None and max_model_len > min(context, kv_cache_tokens or context):
+            raise RequestError(
+                f"max_model_len {max_model_len} exceeds the model's context of {context}"
+                + (f" or the {kv_cache_tokens} kv_cache_tokens" if kv_cache_tokens else ""),
+                field="max_model_len",
+            )
+        self.max_model_len = max_model_len or min(context, kv_cache_tokens or context)
+        # a whole request always fits, so the oldest one can always go on
         num_blocks = blocks_for(kv_cache_tokens or max(self.max_model_len, 16_384))
         weight = model.embed_tokens.weight
         self.device = weight.device
@@ -57,13 +73,13 @@ class Engine:
         """Queue a request and return its id.
 
         Raises RequestError, naming the field, for an empty prompt, one that does not fit the context with its
-        `max_tokens`, an unknown token id, or an id already in use.
+        `max_tokens`, a token id that is none, a seed or bias out of range, or an id already in use.
         """
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", field="request_id")
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.token_ids("prompt", prompt)
         self._check(ids, params)
         seed = params.seed
         if seed is None:
@@ -105,6 +121,20 @@ class Engine:
             self._sample([completion for completion, _ in ready], hidden[[last for _, last in ready]])
         return self._collect([completion for completion, _ in ready])
 
+    def token_ids(self, field: str, tokens: Iterable[object]) -> list[int]:
+        """The ids as plain integers. Raises RequestError for one that is none or is not in the vocabulary."""
+        vocabulary = self.model.config.vocab_size
+        ids: list[int] = []
+        for token in tokens:
+            try:
+                index = operator.index(token)  # type: ignore[arg-type]
+            except TypeError:
+                index = -1
+            if not 0 <= index < vocabulary:
+                raise RequestError(f"{field}: token id {token!r} is not in the vocabulary of {vocabulary}", field=field)
+            ids.append(index)
+        return ids
+
     def check_integrity(self) -> None:
         """Every block is free or owned by exactly one unfinished completion. Raises AssertionError otherwise."""
         open_tables = [c.block_table for r in self._requests.values() for c in r.completions]
@@ -113,14 +143,12 @@ class Engine:
     def _check(self, ids: Ids[int], params: SamplingParams) -> None:
         if not ids:
             raise RequestError("the prompt is empty", field="prompt")
-        vocabulary = self.model.config.vocab_size
-        for field, tokens in (
-            ("prompt", ids),
-            ("stop_token_ids", params.stop_token_ids or ()),
-            ("logit_bias", params.logit_bias or ()),
-        ):
-            if bad := [token for token in tokens if not 0 <= token < vocabulary]:
-                raise RequestError(f"{field}: token id {bad[0]} is not in the vocabulary of {vocabulary}", field=field)
+        self.token_ids("stop_token_ids", params.stop_token_ids or ())
+        self.token_ids("logit_bias", params.logit_bias or ())
+        if bad := [bias for bias in (params.logit_bias or {}).values() if not bias < math.inf]:
+            raise RequestError(f"logit_bias {bad[0]} is not a finite number or -inf", field="logit_bias")
+        if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
+            raise RequestError(f"seed {params.seed} is no signed 64-bit number", field="seed")
         code = "context_length_exceeded"
         if len(ids) >= self.max_model_len:
             raise RequestError(
@@ -166,22 +194,30 @@ class Engine:
     def _sample(self, completions: list[Completion], hidden: Tensor) -> None:
         """Choose the next token of each completion from its last hidden state, (completions, hidden)."""
         logits: Tensor = self.model.lm_head(hidden).float()
-        tokens: list[int] = logits.argmax(dim=-1).tolist()
+        highest, best = logits.max(dim=-1)
+        tokens: list[int] = best.tolist()
+        finite: list[bool] = highest.isfinite().tolist()  # the maximum of a row with NaN is NaN
         for row, completion in enumerate(completions):
             request, params = completion.request, completion.request.params
             if sampling.needs_processing(params, completion.num_output_tokens):
                 own = sampling.process_logits(
                     logits[row], params, request.prompt_ids, completion.output_ids, tuple(request.end_ids)
                 )
+                finite[row] = bool(own.max().isfinite())
+                if not finite[row]:
+                    continue
                 if params.temperature > 0:
                     tokens[row] = sampling.draw(sampling.filtered(own, params), completion.generator)
                 else:
                     tokens[row] = int(own.argmax())
-            if params.logprobs is not None:
+            if params.logprobs is not None and finite[row]:
                 logprobs = logits[row : row + 1].log_softmax(-1)
                 completion.logprobs += sampling.top_logprobs(logprobs, [tokens[row]], params.logprobs, self.tokenizer)
-        for completion, token in zip(completions, tokens, strict=True):
-            completion.append(token)
+        for completion, token, fine in zip(completions, tokens, finite, strict=True):
+            if fine:
+                completion.append(token)
+            else:
+                completion.fail("no token can be chosen: the logits are not numbers, or all tokens are banned")
             if completion.finish_reason is not None:
                 self.scheduler.remove(completion)
 
@@ -191,3 +227,9 @@ class Engine:
             if request.finished:
                 del self._requests[request.request_id]
         return [request.output() for request in requests]
+
+
+def _need_at_least_one(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise RequestError(f"{name} must be at least 1, got {value}", field=name)

@@ -57,17 +57,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """See `LanguageModel.generate`. If one prompt is refused, none is run."""
         params = sampling_params or SamplingParams()
-        ids: list[str] = []
-        finished: dict[str, RequestOutput] = {}
+        finished: dict[str, RequestOutput | None] = {}  # by request id, in the order of the prompts
         try:
             for prompt in _as_list(prompts):
-                ids += [self.engine.add(prompt, params)]
-            while len(finished) < len(ids):
-                finished.update({output.request_id: output for output in self.engine.step() if output.finished})
+                finished[self.engine.add(prompt, params)] = None
+            while None in finished.values():
+                finished |= {o.request_id: o for o in self.engine.step() if o.finished and o.request_id in finished}
         finally:
-            for request_id in ids:
+            for request_id in finished:
                 self.engine.abort(request_id)
-        return [finished[request_id] for request_id in ids]
+        return [output for output in finished.values() if output is not None]
 
     def chat(
         self,
@@ -112,16 +111,16 @@ class LLM:
     def _encode(self, text: Prompt, field: str) -> list[int]:
         # a start token belongs before a prompt, never between a prompt and its completion
         add_bos = False if field == "completion" else None
-        ids = self.tokenizer.encode(text, add_bos=add_bos) if isinstance(text, str) else list(text)
-        if not ids:
+        ids = self.tokenizer.encode(text, add_bos=add_bos) if isinstance(text, str) else text
+        if len(ids) == 0:
             raise RequestError(f"{field} is empty", field=field)
-        vocabulary = self.model.config.vocab_size
-        if bad := [token for token in ids if not 0 <= token < vocabulary]:
-            raise RequestError(f"{field}: token id {bad[0]} is not in the vocabulary of {vocabulary}", field=field)
-        return ids
+        return self.engine.token_ids(field, ids)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, np.integer, torch.Tensor))):
-        return [cast(Prompt, prompts)]
-    return [cast(Prompt, prompt) for prompt in prompts]
+def _as_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, (np.ndarray, torch.Tensor)):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return [prompts]
+    of_ids = len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
+    return [prompts] if of_ids else list(prompts)

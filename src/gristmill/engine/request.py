@@ -12,6 +12,9 @@ from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.scheduler import Sequence
 from gristmill.tokens.tokenizer import Tokenizer
 
+_SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the completions of a request, so that the second of one seed is not the first of the next seed."""
+
 
 @dataclass(eq=False, kw_only=True)
 class Completion(Sequence):
@@ -25,6 +28,7 @@ class Completion(Sequence):
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -51,10 +55,19 @@ class Completion(Sequence):
 
     def _end(self, reason: FinishReason, stop_reason: int | None, last: list[int]) -> None:
         # a special end token is skipped by the detokenizer; an ordinary one that the caller named is left out as well
+        stop = None
         if last and not self.request.params.skip_special_tokens:
-            self.detokenizer.append(last)
-        self.detokenizer.finish()
+            stop = self.detokenizer.append(last)
+        if stop is None:
+            stop = self.detokenizer.finish()
         self.finish_reason, self.stop_reason = reason, stop_reason
+        if stop is not None and reason == "length":  # it stood in the tail that was held back
+            self.finish_reason, self.stop_reason = "stop", stop
+
+    def fail(self, error: str) -> None:
+        """End without another token because none can be chosen."""
+        self.detokenizer.finish()
+        self.finish_reason, self.error = "error", error
 
     def output(self) -> CompletionOutput:
         """What the caller sees now."""
@@ -70,6 +83,7 @@ class Completion(Sequence):
             logprobs=list(self.logprobs) if asked else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )
 
 
@@ -97,7 +111,7 @@ class Request:
                 request=self,
                 index=index,
                 max_tokens=room if params.max_tokens is None else params.max_tokens,
-                generator=torch.Generator().manual_seed(seed + index),
+                generator=torch.Generator().manual_seed((seed + index * _SEED_STEP) % (1 << 64)),
                 detokenizer=Detokenizer(tokenizer, params),
             )
             for index in range(params.n)

@@ -1,6 +1,6 @@
 """From next-token logits to a token: penalties, filters and the draw, one request at a time.
 
-Order: repetition, presence and frequency penalties, minimum length, logit bias; then temperature, min-p, top-k, top-p.
+Order: repetition, presence and frequency penalties, logit bias, minimum length; then temperature, min-p, top-k, top-p.
 Each step is a pure function of (logits, parameters, tokens so far).
 """
 
@@ -86,8 +86,9 @@ def process_logits(
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature, then min-p, top-k and top-p, on logits (vocab,)."""
-    logits = logits / params.temperature
+    """Temperature, then min-p, top-k and top-p, on logits (vocab,). The highest becomes 0 first, so that a temperature
+    near 0 gives the most probable token and not infinities."""
+    logits = (logits - logits.max()) / max(params.temperature, torch.finfo(logits.dtype).tiny)
     if params.min_p > 0:
         logits = min_p_filter(logits, params.min_p)
     if params.top_k > 0:

@@ -13,6 +13,8 @@ from gristmill.model.attention import PackedCausal
 from gristmill.model.transformer import Transformer
 
 _BATCH_TOKENS = 4096
+_HEAD_ROWS = 512
+"""Rows of logits in memory at once: with a vocabulary of 50,000 about 100 MB."""
 
 
 @torch.inference_mode()
@@ -31,16 +33,24 @@ def score_completions(model: Transformer, pairs: Sequence[tuple[list[int], list[
             rows += range(offset + len(segment) - len(completion), offset + len(segment))
             targets += completion
             offset += len(segment)
-        logits: Tensor = model.lm_head(hidden[rows]).float()
-        wanted = torch.tensor(targets, device=logits.device)
-        logprobs = (logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=-1)).tolist()
-        greedy = (logits.argmax(dim=-1) == wanted).tolist()
+        logprobs, greedy = _score_rows(model, hidden[rows], torch.tensor(targets, device=hidden.device))
         at = 0
         for i in members:
             end = at + len(pairs[i][1])
             scores[i] = Score(pairs[i][1], logprobs[at:end], all(greedy[at:end]))
             at = end
     return [score for score in scores if score is not None]
+
+
+def _score_rows(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+    """Log-probability of each target and whether it is the most probable token; few rows of logits at a time."""
+    logprobs: list[float] = []
+    greedy: list[bool] = []
+    for part, wanted in zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+        logits: Tensor = model.lm_head(part).float()
+        logprobs += (logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=-1)).tolist()
+        greedy += (logits.argmax(dim=-1) == wanted).tolist()
+    return logprobs, greedy
 
 
 @torch.inference_mode()

@@ -42,8 +42,8 @@ class ModelConfig:
             )
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise CheckpointError(f"{name} must be at least 1, got {size}")
+            if not isinstance(size, int) or size < 1:
+                raise CheckpointError(f"{name} must be a whole number of at least 1, got {size!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -51,6 +51,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise CheckpointError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @property
     def query_size(self) -> int:

@@ -14,7 +14,8 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
     Angles are computed in float32 whatever `dtype` is.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.to(torch.float32)[:, None] * theta**-exponents
+    # divided, not raised to the negative power: far positions multiply the last bit, which is to be that of others
+    angles = positions.to(torch.float32)[:, None] * (1.0 / theta**exponents)
     cos, sin = angles.cos(), angles.sin()
     return (
         torch.cat((cos, cos), dim=-1)[:, None].to(dtype),

@@ -23,7 +23,9 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) ->
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
+    # inside the function gradients look wanted even under no_grad
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, learning)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -35,8 +37,9 @@ def reference_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor)
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        learning = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, learning: bool
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learning else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learning else None
@@ -60,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (upstream,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * upstream, (grad_weight * upstream).to(ctx.weight_dtype), None, None
+        return grad_hidden * upstream, (grad_weight * upstream).to(ctx.weight_dtype), None, None, None

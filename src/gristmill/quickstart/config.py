@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 
 from gristmill.errors import GristmillError
 from gristmill.model.presets import Preset
-from gristmill.train.config import TrainConfig
+from gristmill.train.config import Precision, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,23 @@ class QuickstartConfig:
     out: str = ""
     """Run directory; empty means runs/quickstart-PRESET."""
     corpus: str = ""
-    """Your own articles instead of the Wikipedia summaries: a JSON object of articles by title, or JSONL, each with
-    title, extract, description and topic."""
+    """Your own articles instead of the Wikipedia summaries: a JSON object of articles by title, or a .jsonl file
+    of one article a line, each with title, extract, description and topic."""
     seed: int = 0
     """Seed of the initial weights and the order of the data."""
     device: str = "cpu"
-    """Where to train: cpu or cuda."""
+    """Where to train: cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 where the processor computes in it, else float32."""
 
     def __post_init__(self) -> None:
-        if self.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-            raise GristmillError("device cuda: no CUDA device is available here. Use --device cpu.")
+        if not 0 <= self.seed < 2**63:
+            raise GristmillError(f"seed must be in [0, 2**63), got {self.seed}")
+        match = re.fullmatch(r"cpu|cuda(?::(\d+))?", self.device)
+        if match is None:
+            raise GristmillError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+        if self.device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+            raise GristmillError(f"device {self.device}: no such CUDA device is available here. Use --device cpu.")
 
     @property
     def directory(self) -> Path:
@@ -68,7 +74,7 @@ HELD_OUT_SHARE = 0.06
 ROW_LENGTH = 512
 
 
-def choose_precision(config: QuickstartConfig) -> Literal["float32", "bfloat16"]:
+def choose_precision(config: QuickstartConfig) -> Precision:
     """The precision to train in. On a processor without bfloat16 units, emulating it is slower than float32."""
     if config.precision != "auto":
         return config.precision
@@ -81,9 +87,7 @@ def choose_precision(config: QuickstartConfig) -> Literal["float32", "bfloat16"]
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def train_config(
-    epochs: float, learning_rate: float, batches_per_epoch: int, precision: Literal["float32", "bfloat16"]
-) -> TrainConfig:
+def train_config(epochs: float, learning_rate: float, batches_per_epoch: int, precision: Precision) -> TrainConfig:
     """The loop's options for so many epochs over a loader."""
     steps = max(1, round(epochs * batches_per_epoch))
     return TrainConfig(

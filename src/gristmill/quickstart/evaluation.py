@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from gristmill.align.encyclopedia import (
-    UNKNOWN_TOPIC,
     Article,
     about_question,
     description_question,
@@ -24,11 +23,14 @@ from gristmill.model.formats.verify import logits_difference
 from gristmill.model.load import load_model
 from gristmill.quickstart.config import BUDGETS, ROW_LENGTH
 from gristmill.quickstart.run import StageRecord
-from gristmill.quickstart.stages import Quickstart
+from gristmill.quickstart.stages import Quickstart, spread
+from gristmill.tokens.renderer import JinjaRenderer
 from gristmill.tokens.templates import IM_END
 
 TOLERANCE = 1e-3
 """Greatest difference of logits between the export and transformers, float32."""
+SAMPLE_TOKENS = 48
+"""Length of the answers shown in the report."""
 
 
 def check_export(run: Quickstart, record: StageRecord) -> None:
@@ -40,7 +42,7 @@ def check_export(run: Quickstart, record: StageRecord) -> None:
     except MissingExtra as error:
         record.facts = {"checked": "", "note": f"not checked: {error}"}
         return
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # NaN too
         raise GristmillError(f"{run.export_directory}: logits differ from transformers' by {difference:.2e}")
     record.facts = {"checked": "transformers", "max_logit_difference": difference, "tokens": len(ids)}
 
@@ -49,7 +51,7 @@ def evaluate(run: Quickstart, record: StageRecord) -> None:
     """Base and fine-tuned model on held-out text and questions; all figures go into the record's facts."""
     base, tuned = LLM(run.base_directory), LLM(run.export_directory)
     results = _perplexity(run, base, "base") + _perplexity(run, tuned, "fine-tuned")
-    questions = _topic_articles(run)
+    questions, left_out = _topic_articles(run)
     labels = topics(questions)
     asked_base = _topic_task(questions, labels, tuned.renderer).evaluate(base)
     plain_base = _plain_task(questions, labels).evaluate(base)
@@ -68,7 +70,7 @@ def evaluate(run: Quickstart, record: StageRecord) -> None:
                 result.value,
                 result.standard_error,
                 result.samples,
-                note=note,
+                note=f"{note}; {left_out} too long to ask" if left_out else note,
                 system=system,
                 unit="%",
                 chance=summary.chance,
@@ -79,13 +81,16 @@ def evaluate(run: Quickstart, record: StageRecord) -> None:
     comparisons = [
         compare_to_level("Topic questions", asked_tuned, summary.chance, names=("fine-tuned", "chance")),
         _against_base(asked_tuned, best_base),
+        compare_to_level(
+            "Topic questions", asked_tuned, summary.majority, names=("fine-tuned", "always the most frequent topic")
+        ),
     ]
     record.facts = {
         "results": [asdict(result) for result in results],
         "verdicts": [comparison.verdict for comparison in comparisons],
         "better": [comparison.better for comparison in comparisons],
         "confusion": asdict(Confusion(summary.labels, summary.confusion, "fine-tuned")),
-        "samples": [asdict(sample) for sample in _samples(run, base, tuned)],
+        "samples": [asdict(sample) for sample in _samples(questions, base, tuned)],
     }
 
 
@@ -113,11 +118,21 @@ def _figure(result: TaskResult, name: str, system: str, task: str, *, headline: 
     )
 
 
-def _topic_articles(run: Quickstart) -> list[Article]:
-    known = [article for article in run.held_out_articles() if article.topic != UNKNOWN_TOPIC]
-    if len({article.topic for article in known}) < 2:
-        raise DataError("the held-out articles have fewer than two topics: there is nothing to ask")
-    return known[: BUDGETS[run.config.preset].questions]
+def _topic_articles(run: Quickstart) -> tuple[list[Article], int]:
+    """Held-out articles to ask about, and how many are not asked because they do not fit the context."""
+    known = [article for article in run.held_out_articles() if article.has_topic]
+    encode, renderer = run.tokenizer.encode, JinjaRenderer(run.tokenizer)
+    longest = max(len(encode(f" {label}{IM_END}")) for label in topics(known))
+    room = ROW_LENGTH - max(longest, SAMPLE_TOKENS)
+    fitting = [
+        article
+        for article in known
+        if len(renderer.render_prompt(topic_question(article))) <= room and len(encode(_plain_prompt(article))) <= room
+    ]
+    chosen = spread(fitting, BUDGETS[run.config.preset].questions)
+    if len(topics(chosen)) < 2:
+        raise DataError("fewer than two topics are among the held-out articles that fit: there is nothing to ask")
+    return chosen, len(known) - len(fitting)
 
 
 def _topic_task(items: list[Article], labels: list[str], renderer: Renderer) -> MultipleChoice:
@@ -127,11 +142,12 @@ def _topic_task(items: list[Article], labels: list[str], renderer: Renderer) -> 
 
 def _plain_task(items: list[Article], labels: list[str]) -> MultipleChoice:
     options = [f" {label}" for label in labels]
-    questions = [
-        Question(options, labels.index(item.topic), prompt=f"{item.title}\n\n{item.sentence}\n\nTopic:")
-        for item in items
-    ]
+    questions = [Question(options, labels.index(item.topic), prompt=_plain_prompt(item)) for item in items]
     return MultipleChoice("Topic questions", questions, normalise="byte")
+
+
+def _plain_prompt(item: Article) -> str:
+    return f"{item.title}\n\n{item.sentence}\n\nTopic:"
 
 
 def _against_base(tuned: TaskResult, base: TaskResult) -> Comparison:
@@ -144,15 +160,14 @@ def _against_base(tuned: TaskResult, base: TaskResult) -> Comparison:
     return compare_accuracy("Topic questions", same, base, names=("fine-tuned", "base"))
 
 
-def _samples(run: Quickstart, base: LLM, tuned: LLM) -> list[Sample]:
-    chosen = _topic_articles(run)
-    chosen = [chosen[0], chosen[len(chosen) // 2]]
+def _samples(items: list[Article], base: LLM, tuned: LLM) -> list[Sample]:
+    chosen = [items[0], items[len(items) // 2]]
     asked: list[tuple[list[Message], str]] = [
         *((topic_question(item), item.topic) for item in chosen),
         *((about_question(item), item.sentence) for item in chosen),
         *((description_question(item), item.description) for item in chosen),
     ]
-    params = SamplingParams(temperature=0.0, max_tokens=48, repetition_penalty=1.2)
+    params = SamplingParams(temperature=0.0, max_tokens=SAMPLE_TOKENS, repetition_penalty=1.2)
     prompts = [tuned.renderer.render_prompt(messages) for messages, _ in asked]
     answers: dict[str, Any] = {"base": base.generate(prompts, params), "fine-tuned": tuned.generate(prompts, params)}
     return [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from gristmill import assets
 from gristmill.corpus.funnel import Funnel
+from gristmill.errors import DataError
 from gristmill.evaluate.provenance import provenance
 from gristmill.evaluate.report import write_report
 from gristmill.evaluate.run_report import Confusion, Curve, FunnelRow, Result, RunReport, Sample, Series, Stage
@@ -19,6 +22,14 @@ from gristmill.quickstart.run import StageRecord, claim, exclusive, stage
 from gristmill.quickstart.stages import Quickstart
 from gristmill.train.metrics import read_metrics
 
+
+def _evaluate(run: Quickstart, record: StageRecord) -> None:
+    """The figures, and beside them where they come from: a report made again later must not claim later code."""
+    evaluation.evaluate(run, record)
+    chosen = settings(run.config)
+    record.facts["provenance"] = {**provenance(chosen, run.config.seed), "corpus": chosen["corpus"]}
+
+
 _STAGES = {
     "corpus": stages.clean_corpus,
     "tokenizer": stages.train_tokenizer,
@@ -27,15 +38,16 @@ _STAGES = {
     "questions": stages.make_questions,
     "finetune": stages.finetune,
     "export": evaluation.check_export,
-    "evaluation": evaluation.evaluate,
+    "evaluation": _evaluate,
 }
 
 
 def quickstart(config: QuickstartConfig) -> RunReport:
     """Run what is not done yet and write report.md and report.html into the run directory."""
     run = Quickstart(config)
+    chosen = settings(config)  # reads the corpus: one that is not there leaves no run directory
     with exclusive(run.directory):
-        claim(run.directory, settings(config))
+        claim(run.directory, chosen)
         records = {
             name: stage(run.directory, name, lambda record, work=work: work(run, record))  # type: ignore[misc]
             for name, work in _STAGES.items()
@@ -46,11 +58,11 @@ def quickstart(config: QuickstartConfig) -> RunReport:
 
 
 def settings(config: QuickstartConfig) -> dict[str, Any]:
-    """All that shapes the result. A run directory serves one set of them."""
+    """All that shapes the result. A run directory serves one set of them. Raises DataError without the corpus."""
     budget = BUDGETS[config.preset]
     return {
         "preset": config.preset,
-        "corpus": config.corpus,
+        "corpus": _corpus_identity(config.corpus),
         "seed": config.seed,
         "device": config.device,
         "precision": choose_precision(config),
@@ -60,15 +72,28 @@ def settings(config: QuickstartConfig) -> dict[str, Any]:
     }
 
 
+def _corpus_identity(corpus: str) -> str:
+    """Another text in the same file is another corpus; the same file elsewhere is not."""
+    if not corpus:
+        asset = assets.find("wikipedia-summaries")
+        return f"{asset.name} {asset.version}, {asset.licence}, SHA-256 {asset.sha256}"
+    try:
+        with Path(corpus).open("rb") as handle:
+            return f"{Path(corpus).name}, SHA-256 {hashlib.file_digest(handle, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise DataError(f"{corpus}: the corpus cannot be read ({error.strerror})") from error
+
+
 def make_report(run: Quickstart, records: dict[str, StageRecord]) -> RunReport:
     """The report of a finished run."""
     facts = records["evaluation"].facts
-    parameters = records["pretrain"].facts["parameters"]
+    parameters, corpus = records["pretrain"].facts["parameters"], records["corpus"].facts
     return RunReport(
         name=f"Quickstart {run.config.preset}",
         summary=(
             f"A decoder of {parameters / 1e6:.1f} million parameters, pretrained from random weights on "
-            f"{records['corpus'].facts['kept']:,} short articles and fine-tuned on questions made from them."
+            f"{corpus['training']:,} short articles and fine-tuned on questions made from them; "
+            f"{corpus['held_out']:,} other articles are held out."
         ),
         stages=[
             Stage(record.name, record.seconds, record.tokens, record.flops, record.peak_memory_bytes)
@@ -80,18 +105,18 @@ def make_report(run: Quickstart, records: dict[str, StageRecord]) -> RunReport:
         verdicts=facts["verdicts"],
         confusion=Confusion(**facts["confusion"]),
         samples=[Sample(**sample) for sample in facts["samples"]],
-        provenance=_provenance(run, records),
+        provenance=_provenance(records),
         commands=commands(run),
     )
 
 
 def commands(run: Quickstart) -> list[tuple[str, str]]:
     """What one can do with the finished run."""
-    program = _program()
+    program, home, base = shlex.quote(_program()), shlex.quote(str(run.directory)), shlex.quote(str(run.base_directory))
     return [
-        ("chat with it", f"{program} chat {run.directory}"),
-        ("serve it over HTTP, with a page", f"{program} serve {run.directory}"),
-        ("complete a text with the base model", f'{program} generate {run.base_directory} --prompt "The river"'),
+        ("chat with it", f"{program} chat {home}"),
+        ("serve it over HTTP, with a page", f"{program} serve {home}"),
+        ("complete a text with the base model", f'{program} generate {base} --prompt "The river"'),
     ]
 
 
@@ -123,20 +148,14 @@ def _curve(directory: Path, name: str, title: str) -> Curve:
 
 def _funnel(directory: Path) -> list[FunnelRow]:
     funnel = Funnel.load(directory / "corpus")
-    rows = [FunnelRow("read", funnel.documents_in)]
-    for step in funnel.steps:
-        note = f"{step.dropped} dropped" if step.dropped else ""
-        rows.append(FunnelRow(step.name, step.kept, step.characters_out, note))
-    return rows
+    rows = [FunnelRow("read", funnel.documents_in, note=f"{funnel.steps[0].characters_in:,} characters")]
+    return rows + [
+        FunnelRow(step.name, step.kept, note=f"{step.characters_out:,} characters left") for step in funnel.steps
+    ]
 
 
-def _provenance(run: Quickstart, records: dict[str, StageRecord]) -> dict[str, str]:
-    facts = provenance(settings(run.config), run.config.seed)
-    if run.config.corpus:
-        facts["corpus"] = run.config.corpus
-    else:
-        asset = assets.find("wikipedia-summaries")
-        facts["corpus"] = f"{asset.name} {asset.version}, {asset.licence}, SHA-256 {asset.sha256}"
+def _provenance(records: dict[str, StageRecord]) -> dict[str, str]:
+    facts: dict[str, str] = dict(records["evaluation"].facts["provenance"])
     export = records["export"].facts
     if export["checked"]:
         facts["export"] = (

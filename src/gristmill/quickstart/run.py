@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.errors import CheckpointError, GristmillError
-from gristmill.files import write_json
+from gristmill.files import remove_leftovers, write_json
 
 
 @dataclass
@@ -35,29 +35,37 @@ class StageRecord:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the run directory: two processes in it would overwrite each other. Raises GristmillError if it is held."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as handle:
+    """Hold the run directory: two processes in it would overwrite each other. What killed ones left half-written is
+    removed. Raises GristmillError when the directory is held or cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / ".lock").open("w")
+    except OSError as error:
+        raise GristmillError(f"{directory}: cannot be used as a run directory ({error.strerror})") from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise GristmillError(f"{directory}: another process is running here") from error
+        for place in (directory, *(directory / name for name in ("corpus", "tokens", "stages"))):
+            remove_leftovers(place)
         yield
 
 
 def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Make `directory` the home of a run with these settings, or check that it is.
 
-    Raises CheckpointError, naming the settings that differ, when a run with others lives there.
+    Where no stage is done yet, nothing would be lost, and the settings may change. Raises CheckpointError, naming
+    those that differ, when a run with others lives there.
     """
-    path = directory / "config.json"
-    if not path.exists():
+    path = directory / "settings.json"  # config.json would make the directory look like a Hugging Face model
+    if not path.exists() or not any((directory / "stages").glob("*.json")):
         write_json(path, settings)
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object of settings ({error})") from error
     differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if differing:
         changes = ", ".join(f"{key}: {found.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
@@ -72,7 +80,7 @@ def stage(directory: Path, name: str, work: Callable[[StageRecord], None]) -> St
     path = directory / "stages" / f"{name}.json"
     if path.exists():
         print(f"{name}: done before", file=sys.stderr)
-        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
+        return _read_record(path)
     print(f"{name}:", file=sys.stderr, flush=True)
     record = StageRecord(name)
     _reset_peak_memory()
@@ -83,6 +91,15 @@ def stage(directory: Path, name: str, work: Callable[[StageRecord], None]) -> St
     record.peak_memory_bytes = _peak_memory()
     write_json(path, asdict(record))
     return record
+
+
+def _read_record(path: Path) -> StageRecord:
+    try:
+        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable record of a stage ({error}). Delete it to run the stage again."
+        ) from error
 
 
 def _reset_peak_memory() -> None:

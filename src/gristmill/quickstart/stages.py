@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import TypeVar
 import numpy as np
 
 from gristmill import assets
-from gristmill.align.encyclopedia import Article, articles, conversations
+from gristmill.align.encyclopedia import Article, articles, conversations, topics
 from gristmill.align.sft import render_conversations
 from gristmill.corpus.document import Document
 from gristmill.corpus.funnel import DOCUMENTS, default_steps, run_pipeline
 from gristmill.corpus.loader import PackedLoader
 from gristmill.corpus.shards import TokenDataset, write_shards
-from gristmill.corpus.sources import read_documents, read_wikipedia_summaries
+from gristmill.corpus.sources import read_articles, read_documents
 from gristmill.corpus.split import split
+from gristmill.errors import DataError
 from gristmill.files import atomic_directory
 from gristmill.model.config import ModelConfig
 from gristmill.model.formats.huggingface import save_huggingface
@@ -85,18 +87,34 @@ class Quickstart:
 
 
 def clean_corpus(run: Quickstart, record: StageRecord) -> None:
-    """Raw articles -> cleaned, de-duplicated documents and the funnel."""
-    raw = _raw_documents(run, BUDGETS[run.config.preset].documents)
-    funnel = run_pipeline(_counted(raw, "cleaning", len(raw)), default_steps(), run.directory / "corpus")
-    record.facts = {"kept": funnel.kept, "read": funnel.documents_in}
-
-
-def _raw_documents(run: Quickstart, limit: int | None) -> list[Document]:
+    """Raw articles -> cleaned, de-duplicated documents and the funnel. Raises DataError when they are too few."""
     path = Path(run.config.corpus) if run.config.corpus else assets.get("wikipedia-summaries")
-    everything = list(read_wikipedia_summaries(path))
-    # a stride takes some of every topic: the file is sorted by them
-    stride = max(1, len(everything) // (limit or len(everything)))
-    return everything[::stride][:limit]
+    everything = list(read_articles(path))
+    raw = spread(everything, BUDGETS[run.config.preset].documents)
+    if len(raw) < len(everything):
+        note = f"preset {run.config.preset} takes {len(raw):,} of the {len(everything):,} articles"
+        print(note, file=sys.stderr, flush=True)
+    funnel = run_pipeline(_counted(raw, "cleaning", len(raw)), default_steps(), run.directory / "corpus")
+    training, held_out = run.documents
+    _require_topics(path, training, held_out)
+    record.facts = {
+        "found": len(everything),
+        "read": funnel.documents_in,
+        "kept": funnel.kept,
+        "training": len(training),
+        "held_out": len(held_out),
+    }
+
+
+def _require_topics(path: Path, training: list[Document], held_out: list[Document]) -> None:
+    """Say now, not after the training, that there is nothing to ask the model."""
+    known, asked = topics(articles(training)), topics(articles(held_out))
+    if len(known) < 2 or len(asked) < 2:
+        raise DataError(
+            f"{path}: the topic questions need at least two topics among the articles to train on (found: "
+            f"{', '.join(known) or 'none'}) and among the {len(held_out)} held out of "
+            f"{len(training) + len(held_out)} (found: {', '.join(asked) or 'none'}). Give more articles."
+        )
 
 
 def train_tokenizer(run: Quickstart, record: StageRecord) -> None:
@@ -131,15 +149,20 @@ def pretrain(run: Quickstart, record: StageRecord) -> None:
 
 
 def make_questions(run: Quickstart, record: StageRecord) -> None:
-    """Articles -> question-answer pairs -> token shards with loss masks."""
+    """Articles -> question-answer pairs -> token shards with loss masks. Those too long are counted and left out."""
     renderer = JinjaRenderer(run.tokenizer)
     total = pairs = 0
+    left_out: list[str] = []
     for name, documents in zip(("questions", "questions-held-out"), run.documents, strict=True):
         chats = [chat for article in articles(documents) for chat in conversations(article)]
-        rendered = render_conversations(chats, renderer, max_tokens=ROW_LENGTH)
+        rendered = render_conversations(
+            chats, renderer, max_tokens=ROW_LENGTH, on_error=lambda error: left_out.append(str(error))
+        )
         total += _write(run, name, _counted(rendered, name, len(chats)), None).tokens
         pairs += len(chats)
-    record.tokens, record.facts = total, {"pairs": pairs}
+    if left_out:
+        print(f"{len(left_out)} of {pairs} pairs left out, the first: {left_out[0]}", file=sys.stderr)
+    record.tokens, record.facts = total, {"pairs": pairs - len(left_out), "left_out": len(left_out)}
 
 
 def finetune(run: Quickstart, record: StageRecord) -> None:
@@ -152,6 +175,13 @@ def finetune(run: Quickstart, record: StageRecord) -> None:
 
 
 T = TypeVar("T")
+
+
+def spread(items: Sequence[T], count: int | None) -> list[T]:
+    """`count` items evenly spaced, or all: the articles are sorted by topic, and each topic must keep its share."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _counted(items: Iterable[T], description: str, total: int) -> Iterator[T]:
@@ -208,7 +238,7 @@ def _train(
         description=name,
     )
     model.to("cpu")
-    lengths = sources[0].lengths
+    lengths = loader.packing.pieces[:, 2] - loader.packing.pieces[:, 1]
     # a token of a document of n tokens attends to (n + 1) / 2 on average
     context = int(np.square(lengths).sum() / lengths.sum() / 2)
     record.seconds, record.tokens = position.seconds, position.tokens

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from gristmill.errors import GristmillError
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class TrainConfig:
     """Decay of AdamW's mean of squared gradients."""
     clip_norm: float = 1.0
     """Gradients of a greater global norm are scaled down to this."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """bfloat16 runs matrix products under autocast; weights and optimiser stay float32."""
     validate_every: int = 100
     """Steps between measurements of the held-out loss; the last step always measures it."""
@@ -43,9 +45,16 @@ class TrainConfig:
         for name in ("steps", "micro_batches", "validate_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise GristmillError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "final_learning_rate", "beta1", "beta2"):
+        for name in ("warmup", "final_learning_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GristmillError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise GristmillError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not self.weight_decay >= 0.0:
+            raise GristmillError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.precision not in get_args(Precision):
+            raise GristmillError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0.0:
                 raise GristmillError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -19,11 +19,12 @@ from typing import Any, Protocol
 import torch
 
 from gristmill.core import Objective
-from gristmill.errors import GristmillError
+from gristmill.errors import CheckpointError, GristmillError
+from gristmill.files import remove_leftovers
 from gristmill.model.transformer import Transformer
 from gristmill.progress import progress
 from gristmill.tokens.batch import PackedBatch
-from gristmill.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
+from gristmill.train.checkpoint import Position, resume, save_checkpoint
 from gristmill.train.config import TrainConfig
 from gristmill.train.metrics import MetricsLog
 
@@ -54,37 +55,40 @@ def train(
 
     Leaves `metrics.jsonl` and `checkpoints/` there. `identity` names the run's settings: a checkpoint with another
     identity is refused. Ctrl-C or SIGTERM ends the step, writes a checkpoint and raises KeyboardInterrupt.
+    The position's seconds are those of all attempts, validation and earlier checkpoints included.
     Raises GristmillError when the loss is no longer finite; the checkpoints before stay.
     """
+    folder = directory / "checkpoints"
+    for place in (directory, folder):
+        remove_leftovers(place)
     optimiser = make_optimiser(model, config)
-    saved = checkpoints(directory / "checkpoints")
-    position = Position(0, 0, 0.0, identity)
-    if saved:
-        position = load_checkpoint(saved[-1], model, optimiser, identity=identity)
-    log = MetricsLog(directory / "metrics.jsonl", resume_step=position.step)
-
-    def save() -> None:
-        save_checkpoint(directory / "checkpoints", model, optimiser, position, keep=config.keep_checkpoints)
-
+    position = resume(folder, model, optimiser, identity=identity) or Position(0, 0, 0.0, identity)
+    if position.step > config.steps:
+        raise CheckpointError(f"{folder}: its checkpoint is of step {position.step}, beyond {config.steps} steps")
+    saved, began = position.step, time.perf_counter() - position.seconds
     model.train()
-    with progress(description, config.steps, done=position.step) as advance, _stop_signal() as stopped:
-        while position.step < config.steps:
-            started = time.perf_counter()
-            record, tokens = _step(model, objective, loader, optimiser, config, position.step)
+    with (
+        closing(MetricsLog(directory / "metrics.jsonl", resume_step=position.step)) as log,
+        progress(description, config.steps, done=position.step) as advance,
+        _stop_signal() as stopped,
+    ):
+        while position.step < config.steps and not stopped.is_set():
             step = position.step + 1
             last = step == config.steps
-            seconds = time.perf_counter() - started
-            position = Position(step, position.tokens + tokens, position.seconds + seconds, identity)
-            record |= {"tokens": position.tokens, "seconds": position.seconds, "tokens_per_second": tokens / seconds}
+            record, tokens = _step(model, objective, loader, optimiser, config, step)
             if validation is not None and (last or step % config.validate_every == 0):
                 record["validation_loss"] = mean_loss(model, objective, validation, config)
-            log.write({"step": step, **record})
-            if last or step % config.checkpoint_every == 0 or stopped.is_set():
-                save()
+                _require_finite(step, validation_loss=record["validation_loss"])
+            position = Position(step, position.tokens + tokens, time.perf_counter() - began, identity)
+            log.write({"step": step, **record, "tokens": position.tokens, "seconds": position.seconds})
             advance(step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:.0f} tok/s")
-            if stopped.is_set() and not last:
-                raise KeyboardInterrupt
-    log.close()
+            if last or step % config.checkpoint_every == 0:
+                save_checkpoint(folder, model, optimiser, position, keep=config.keep_checkpoints)
+                saved = step
+        if stopped.is_set():
+            if saved < position.step:
+                save_checkpoint(folder, model, optimiser, position, keep=config.keep_checkpoints)
+            raise KeyboardInterrupt
     model.eval()
     return position
 
@@ -123,13 +127,16 @@ def accumulate_gradients(
 def mean_loss(model: Transformer, objective: Objective, loader: Loader, config: TrainConfig) -> float:
     """Mean loss in nats per target over one epoch of a loader."""
     total, count = 0.0, 0
+    device = model.embed_tokens.weight.device
     model.eval()
     for number in range(loader.batches_per_epoch):
         with _precision(model, config):
-            part, targets = objective.loss_sum(model, loader.batch(number))
+            part, targets = objective.loss_sum(model, loader.batch(number).to(device))
         total += float(part)
         count += targets
     model.train()
+    if count == 0:
+        raise GristmillError("the held-out data have no token to predict: every target is masked")
     return total / count
 
 
@@ -141,22 +148,30 @@ def _step(
     config: TrainConfig,
     step: int,
 ) -> tuple[dict[str, Any], int]:
-    first = step * config.micro_batches
+    """Step number `step`, counted from 1: what to record of it, and its tokens."""
+    started = time.perf_counter()
+    first = (step - 1) * config.micro_batches
     device = model.embed_tokens.weight.device
     batches = [loader.batch(first + number).to(device) for number in range(config.micro_batches)]
-    rate = config.learning_rate_at(step)
+    rate = config.learning_rate_at(step - 1)
     for group in optimiser.param_groups:
         group["lr"] = rate
     loss = accumulate_gradients(model, objective, batches, config)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise GristmillError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}. The last checkpoint is whole; "
-            "try a smaller learning rate or precision float32."
-        )
+    _require_finite(step, loss=loss, gradient_norm=norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm}, sum(len(b.input_ids) for b in batches)
+    tokens = sum(len(batch.input_ids) for batch in batches)
+    speed = tokens / (time.perf_counter() - started)
+    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}, tokens
+
+
+def _require_finite(step: int, **figures: float) -> None:
+    if not all(map(math.isfinite, figures.values())):
+        found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+        raise GristmillError(
+            f"step {step}: {found}. The last checkpoint is whole; try a smaller learning rate or precision float32."
+        )
 
 
 def _precision(model: Transformer, config: TrainConfig) -> torch.autocast:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from gristmill.errors import DataError
+from gristmill.errors import DataError, GristmillError
 from gristmill.files import write_text
 
 
 class MetricsLog:
-    """Appends records to a file. A resumed run first drops the records after its checkpoint, so none stands twice."""
+    """Appends records to a file. A resumed run first drops the records after its checkpoint, so none stands twice.
+
+    Raises GristmillError when the file cannot be written.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() and resume_step else []
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._handle = path.open("a", encoding="utf-8")
+        self._path, self._handle = path, path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it reaches the file at once."""
-        self._handle.write(json.dumps(record, allow_nan=False) + "\n")
-        self._handle.flush()
+        try:
+            self._handle.write(json.dumps(record, allow_nan=False) + "\n")
+            self._handle.flush()
+        except OSError as error:
+            raise GristmillError(f"{self._path}: could not be written ({error.strerror or error})") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._handle.close()
+        """Close the file. All that was written is in it already."""
+        with contextlib.suppress(OSError):  # the rest of a line for which there was no room
+            self._handle.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records. A last line cut off by a kill is left out; any other broken line raises DataError."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:

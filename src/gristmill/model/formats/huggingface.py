@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gristmill.errors import CheckpointError
 from gristmill.files import write_json
 from gristmill.model.config import ModelConfig
 from gristmill.model.formats.llama_names import fuse, split
-from gristmill.model.formats.state import load_state, meta_model
+from gristmill.model.formats.state import load_state, meta_model, save_tensors
 from gristmill.model.transformer import Transformer
+
+_T = TypeVar("_T")
 
 # flags of a Llama configuration that would change the computation: only these values are built
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -33,11 +35,15 @@ def load_huggingface(directory: Path, dtype: torch.dtype) -> Transformer:
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(directory):
         try:
-            tensors.update(load_file(file))
+            part = load_file(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise CheckpointError(f"{file}: tensor {twice[0]} is in another shard too")
+        tensors |= part
+    state = fuse(tensors, config, str(directory))
     model = meta_model(config)
-    load_state(model, fuse(tensors, config, str(directory)), dtype, str(directory))
+    load_state(model, state, dtype, str(directory))
     return model
 
 
@@ -72,55 +78,80 @@ def save_huggingface(model: Transformer, directory: Path, *, stop_token_ids: tup
         },
     )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    save_file(split(state, config), directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(split(state, config), directory / "model.safetensors")
 
 
 def read_config(path: Path) -> ModelConfig:
     """Parse config.json. Raises CheckpointError naming the key that is missing or not supported."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    raw = _read_object(path)
     kind = raw.get("model_type")
     if kind != "llama":
         raise CheckpointError(f"{path}: model_type {kind!r} is not supported (supported: 'llama')")
-    rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path}: rope_parameters.rope_type {rope['rope_type']!r} is not supported")
     for key, allowed in _ONLY.items():
         if key in raw and raw[key] not in allowed:
             raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported")
 
-    def need(key: str, default: Any = None) -> Any:
-        value = raw.get(key, default)
+    def need(key: str, kind: type[_T], default: _T | None = None) -> _T:
+        value: Any = default if raw.get(key) is None else raw[key]
         if value is None:
             raise CheckpointError(f"{path}: {key!r} is missing")
-        return value
+        if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
+            raise CheckpointError(f"{path}: {key} = {value!r} is not of type {kind.__name__}")
+        return cast(_T, value)
 
-    heads = need("num_attention_heads")
-    return ModelConfig(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        num_hidden_layers=need("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=need("num_key_value_heads", heads),
-        head_dim=raw.get("head_dim") or need("hidden_size") // heads,
-        intermediate_size=need("intermediate_size"),
-        max_position_embeddings=need("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-        rms_norm_eps=need("rms_norm_eps", 1e-6),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        initializer_range=float(raw.get("initializer_range", 0.02)),
-    )
+    hidden, heads = need("hidden_size", int), need("num_attention_heads", int)
+    try:
+        return ModelConfig(
+            vocab_size=need("vocab_size", int),
+            hidden_size=hidden,
+            num_hidden_layers=need("num_hidden_layers", int),
+            num_attention_heads=heads,
+            num_key_value_heads=need("num_key_value_heads", int, heads),
+            head_dim=need("head_dim", int, hidden // max(heads, 1)),
+            intermediate_size=need("intermediate_size", int),
+            max_position_embeddings=need("max_position_embeddings", int, 2048),
+            rope_theta=_rope_theta(raw, path),
+            rms_norm_eps=need("rms_norm_eps", float, 1e-6),
+            tie_word_embeddings=need("tie_word_embeddings", bool, False),
+            initializer_range=need("initializer_range", float, 0.02),
+        )
+    except CheckpointError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+
+
+def _rope_theta(raw: dict[str, Any], path: Path) -> float:
+    """The base of the rotary positions. Raises CheckpointError for any other rotary setting: it would scale them."""
+    rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters is not an object")
+    for key, value in rope.items():
+        if key != "rope_theta" and (key, value) != ("rope_type", "default"):
+            raise CheckpointError(f"{path}: rope_parameters.{key} {value!r} is not supported")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    if not isinstance(theta, (int, float)):
+        raise CheckpointError(f"{path}: rope_theta {theta!r} is not a number")
+    return float(theta)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [directory / shard for shard in shards]
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise CheckpointError(f"{index}: weight_map does not give each tensor the name of its file")
+        files = [directory / shard for shard in sorted(set(shards.values()))]
     else:
         files = [directory / "model.safetensors"]
     for file in files:

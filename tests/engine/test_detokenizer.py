@@ -1,0 +1,153 @@
+"""Text of a growing sequence: whole characters, and never a stop string or a part of one that later completes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+
+from engine.helpers import tokenizer
+from gristmill.core import SamplingParams
+from gristmill.engine.detokenizer import Detokenizer
+from gristmill.serve.token_bytes import token_bytes
+from gristmill.tokens.tokenizer import Tokenizer
+
+BYTES = tokenizer()
+FFFD = "\N{REPLACEMENT CHARACTER}"
+
+
+BYTE_IDS = {
+    bytes(spelled): index
+    for index in range(BYTES.vocab_size)
+    if (spelled := token_bytes(BYTES, index, BYTES.decode([index]))) is not None
+}
+
+
+def byte_ids(data: bytes) -> list[int]:
+    """One token per byte: every character of several bytes is spread over tokens."""
+    return [BYTE_IDS[bytes([byte])] for byte in data]
+
+
+def feed(ids: list[int], sizes: list[int], params: SamplingParams) -> tuple[list[str], str | None]:
+    """The text after each append, and the stop string found. Without one the end releases the rest."""
+    detokenizer = Detokenizer(BYTES, params)
+    texts, at, turn = [], 0, 0
+    while at < len(ids):
+        size = sizes[turn % len(sizes)]
+        stop = detokenizer.append(ids[at : at + size])
+        at, turn = at + size, turn + 1
+        texts.append(detokenizer.text)
+        if stop is not None:
+            return texts, stop
+    stop = detokenizer.finish()
+    texts.append(detokenizer.text)
+    return texts, stop
+
+
+texts = st.text(alphabet=st.sampled_from("ab\n é三😀👍🏽" + FFFD), max_size=25)
+stops = st.lists(st.text(alphabet=st.sampled_from("ab\n é三😀" + FFFD), min_size=1, max_size=4), max_size=3)
+sizes = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+def test_bytes_are_tokens() -> None:
+    assert BYTES.decode(byte_ids("a é三😀\n".encode())) == "a é三😀\n"
+
+
+@given(texts, stops, sizes, st.booleans(), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_text_only_grows_and_ends_before_the_first_stop(
+    text: str, stop: list[str], parts: list[int], keep: bool, as_bytes: bool
+) -> None:
+    params = SamplingParams(stop=stop or None, include_stop_str_in_output=keep)
+    ids = byte_ids(text.encode()) if as_bytes else BYTES.encode(text)
+    seen, found = feed(ids, parts, params)
+    for before, after in itertools.pairwise(seen):
+        assert after.startswith(before)
+    places = sorted((text.index(s), s) for s in stop if s in text)
+    if not places:
+        assert found is None
+        assert seen[-1] == text
+        return
+    # tokens arrive in parts, so a stop string that ends sooner may be met before one that begins sooner
+    assert found is not None
+    end = text.index(found)
+    assert seen[-1] == text[: end + len(found) if keep else end]
+    if not keep:
+        assert not any(s in shown for s in stop for shown in seen)
+    if parts == [1] and as_bytes:
+        assert end + len(found) == min(at + len(s) for at, s in places)
+
+
+@given(st.binary(max_size=20), sizes)
+@settings(max_examples=200, deadline=None)
+def test_bytes_that_are_no_text_come_out_as_the_plain_decode(data: bytes, parts: list[int]) -> None:
+    seen, found = feed(byte_ids(data), parts, SamplingParams())
+    assert found is None
+    assert seen[-1] == data.decode(errors="replace") == BYTES.decode(byte_ids(data))
+    for before, after in itertools.pairwise(seen):
+        assert after.startswith(before)
+
+
+def test_a_character_appears_when_its_last_byte_does() -> None:
+    detokenizer = Detokenizer(BYTES, SamplingParams())
+    shown = []
+    for token in byte_ids("a😀b".encode()):
+        detokenizer.append([token])
+        shown.append(detokenizer.text)
+    assert shown == ["a", "a", "a", "a", "a😀", "a😀b"]
+
+
+def test_the_beginning_of_a_stop_string_is_held_back_and_released() -> None:
+    detokenizer = Detokenizer(BYTES, SamplingParams(stop=["END", "\n\n"]))
+    shown = []
+    for token in byte_ids(b"xEN\nE"):
+        assert detokenizer.append([token]) is None
+        shown.append(detokenizer.text)
+    assert shown == ["x", "x", "x", "xEN", "xEN\n"]
+    assert detokenizer.finish() is None
+    assert detokenizer.text == "xEN\nE"
+
+
+def test_a_stop_string_before_an_unfinished_character_is_found_at_once() -> None:
+    """A token may end in the middle of a character; the text before it is text."""
+    detokenizer = Detokenizer(BYTES, SamplingParams(stop="END"))
+    assert detokenizer.append(byte_ids(b"one END\xf0\x9f")) == "END"
+    assert detokenizer.text == "one "
+
+
+def test_special_tokens_are_shown_only_when_asked_for() -> None:
+    ids = BYTES.encode("a<|im_end|>b")
+    assert feed(ids, [1], SamplingParams())[0][-1] == "ab"
+    assert feed(ids, [1], SamplingParams(skip_special_tokens=False))[0][-1] == "a<|im_end|>b"
+    assert feed(ids, [1], SamplingParams(skip_special_tokens=False, stop="<|im_end|>")) == (["a", "a"], "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    """A decoder that strips the space before the first word, and falls back to bytes that it groups."""
+    words = ["▁the", "▁mill", "s", "▁"]
+    vocabulary = {word: index for index, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend=backend)
+
+
+@given(st.lists(st.sampled_from(["the", "mill", "s", "_", *"é三😀"]), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_spaces_survive_a_decoder_that_strips_the_first(sentencepiece: Tokenizer, parts: list[str]) -> None:
+    words = {"the": [0], "mill": [1], "s": [2], "_": [3]}
+    ids = [i for part in parts for i in words.get(part) or [4 + byte for byte in part.encode()]]
+    detokenizer = Detokenizer(sentencepiece, SamplingParams())
+    before = ""
+    for token in ids:
+        detokenizer.append([token])
+        assert detokenizer.text.startswith(before)
+        before = detokenizer.text
+    detokenizer.finish()
+    assert detokenizer.text == sentencepiece.decode(ids)

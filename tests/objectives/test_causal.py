@@ -1,0 +1,129 @@
+"""Next-token prediction over packed documents: what it sums, and what may not change it."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill.model.formats.huggingface import save_huggingface
+from gristmill.objectives.causal import CausalLM
+from gristmill.tokens.batch import PackedBatch
+from gristmill.train.config import TrainConfig
+from gristmill.train.loop import accumulate_gradients
+from model import tiny
+
+CONFIG = TrainConfig(steps=1)
+
+
+def documents(seed: int, count: int) -> list[list[int]]:
+    choose = random.Random(seed)
+    return [tiny.ids(choose.randint(2, 30), seed=choose.randrange(1000)).tolist() for _ in range(count)]
+
+
+def pack(parts: list[list[int]]) -> PackedBatch:
+    return PackedBatch.from_segments([(part, None) for part in parts])
+
+
+def test_loss_is_the_negative_log_probability_token_by_token() -> None:
+    model, tokens = tiny.model(), tiny.ids(12)
+    total, count = CausalLM().loss_sum(model, pack([tokens.tolist()]))
+    expected = 0.0
+    with torch.no_grad():
+        for at in range(1, 12):  # 12 tokens, 11 predictions
+            expected -= float(model(tokens[:at])[-1].double().log_softmax(-1)[tokens[at]])
+    assert count == 11
+    assert float(total.detach()) == pytest.approx(expected, abs=1e-4 * 11)
+
+
+def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary() -> None:
+    model = tiny.model(vocab_size=1000, tie_word_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    total, count = CausalLM().loss_sum(model, pack([tiny.ids(9, vocab_size=1000).tolist()]))
+    assert float(total.detach()) / count == pytest.approx(6.907755, abs=1e-5)
+
+
+def test_one_batch_can_be_learned_by_heart() -> None:
+    model, batch = tiny.model(initializer_range=0.1), pack(documents(0, 3))
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(120):
+        total, count = CausalLM().loss_sum(model, batch)
+        optimiser.zero_grad()
+        (total / count).backward()
+        optimiser.step()
+    # nothing predicts a document's second token but its first
+    assert float(total.detach()) / count < 0.05
+
+
+@pytest.mark.peer
+def test_loss_and_gradient_equal_transformers_on_one_document(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, tokens = tiny.model(), tiny.ids(30)
+    save_huggingface(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    total, count = CausalLM().loss_sum(model, pack([tokens.tolist()]))
+    expected = theirs(tokens[None], labels=tokens[None]).loss
+    assert float(total) / count == pytest.approx(float(expected), abs=1e-4)
+    (total / count).backward()
+    expected.backward()
+    wanted = theirs.model.embed_tokens.weight.grad
+    assert model.embed_tokens.weight.grad is not None
+    assert float((model.embed_tokens.weight.grad - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+@pytest.mark.peer
+def test_masked_loss_equals_transformers_with_ignored_labels(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, tokens = tiny.model(), tiny.ids(14)
+    save_huggingface(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    mask = [0] * 9 + [1] * 5  # a context and the five tokens of its answer
+    total, count = CausalLM().loss_sum(model, PackedBatch.from_segments([(tokens.tolist(), mask)]))
+    labels = torch.where(torch.tensor(mask) == 1, tokens, -100)
+    assert count == 5
+    assert float(total) / count == pytest.approx(float(theirs(tokens[None], labels=labels[None]).loss), abs=1e-4)
+
+
+def test_only_rows_that_predict_a_learned_token_get_gradient() -> None:
+    model, tokens = tiny.model(), tiny.ids(14)
+    states: list[torch.Tensor] = []
+    handle = model.norm.register_forward_hook(lambda _, __, out: (out.retain_grad(), states.append(out))[1])
+    before = model.layers[0].register_forward_hook(lambda _, __, out: (out.retain_grad(), states.append(out))[1])
+    mask = [0] * 9 + [1] * 5
+    CausalLM().loss_sum(model, PackedBatch.from_segments([(tokens.tolist(), mask)]))[0].backward()
+    handle.remove()
+    before.remove()
+    first_layer, last = (state.grad.abs().sum(-1) for state in states)
+    assert last.bool().tolist() == [8 <= at <= 12 for at in range(14)]  # the last of the context predicts the first
+    assert bool((first_layer[:13] > 0).all())  # the context is reached through attention
+
+
+def test_masking_every_token_teaches_nothing() -> None:
+    model = tiny.model()
+    total, count = CausalLM().loss_sum(model, PackedBatch.from_segments([([1, 2, 3], [0, 0, 0])]))
+    assert (float(total), count) == (0.0, 0)
+    assert math.isfinite(float(total))
+
+
+def gradient(batches: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:
+    model = tiny.model()
+    loss = accumulate_gradients(model, CausalLM(), batches, CONFIG)
+    return loss, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@given(st.integers(0, 1000), st.integers(1, 6), st.randoms(use_true_random=False))
+@settings(max_examples=15, deadline=None)
+def test_gradient_does_not_depend_on_order_or_dealing(seed: int, micro_batches: int, dealer: random.Random) -> None:
+    parts = documents(seed, 6)
+    loss, expected = gradient([pack(parts)])
+    dealer.shuffle(parts)
+    dealt = [pack(parts[start::micro_batches]) for start in range(micro_batches)]
+    other, found = gradient(dealt)
+    assert other == pytest.approx(loss, rel=1e-5)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert float((mine - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
