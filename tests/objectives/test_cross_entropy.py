@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gristmill.objectives import cross_entropy
 from gristmill.objectives.cross_entropy import linear_cross_entropy_sum, reference_cross_entropy_sum
+from gristmill.tokens.batch import IGNORED
 
 
 def inputs(rows: int, vocabulary: int = 37, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,4 +112,14 @@ def test_no_rows_lose_nothing_and_teach_nothing() -> None:
 def test_a_target_outside_the_vocabulary_is_refused() -> None:
     hidden, weight, targets = inputs(4)
     with pytest.raises((RuntimeError, IndexError)):
-        linear_cross_entropy_sum(hidden, weight, targets.fill_(-100))
+        linear_cross_entropy_sum(hidden, weight, targets.fill_(-5))
+
+
+def test_an_ignored_row_counts_nothing() -> None:
+    hidden, weight, targets = inputs(9)
+    targets[[0, 4, 8]] = IGNORED
+    found = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, targets), (hidden, weight))
+    expected = torch.autograd.grad(reference_cross_entropy_sum(hidden, weight, targets), (hidden, weight))
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert not found[0][[0, 4, 8]].any()

@@ -73,3 +73,13 @@ def test_tensors_must_agree_with_the_segments():
     with pytest.raises(ValueError, match="input_ids must be int64"):
         PackedBatch(ids.int(), ids, ids, (3,))
     assert PackedBatch(ids, ids, ids, (1, 2)).to("cpu").segment_lengths == (1, 2)
+
+
+def test_rounding_up_adds_one_segment_that_predicts_nothing() -> None:
+    batch = PackedBatch.from_segments([([5, 6, 7], None), ([8, 9], None)])
+    rounded = batch.rounded_up(4)
+    assert rounded.segment_lengths == (3, 2, 3)
+    assert rounded.target_count == batch.target_count
+    assert rounded.input_ids[:5].tolist() == batch.input_ids.tolist()
+    assert rounded.position_ids[5:].tolist() == [0, 1, 2]
+    assert batch.rounded_up(5) is batch

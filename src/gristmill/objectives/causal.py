@@ -15,6 +15,9 @@ from gristmill.model.transformer import Transformer
 from gristmill.objectives.cross_entropy import linear_cross_entropy_sum
 from gristmill.tokens.batch import IGNORED, PackedBatch
 
+_SHAPE_STEP = 256
+"""Tokens and predicted rows are rounded up to a multiple of this, so that kernels meet few different shapes."""
+
 
 class CausalLM:
     """The `Objective` of next-token prediction over packed batches."""
@@ -22,8 +25,11 @@ class CausalLM:
     def loss_sum(self, model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
         """Summed loss in nats over the targets of the batch, and their number."""
         assert isinstance(model, Transformer)
+        batch = batch.rounded_up(_SHAPE_STEP)
         cache = PackedCausal(batch.segment_lengths, batch.input_ids.device)
         hidden = model.hidden_states(batch.input_ids, batch.position_ids, cache)
         learned = (batch.target_ids != IGNORED).nonzero().squeeze(1)
-        total = linear_cross_entropy_sum(hidden[learned], model.lm_head.weight, batch.target_ids[learned])
+        # the rows that round up repeat the last one, which has no target
+        rows = torch.cat((learned, learned.new_full((-len(learned) % _SHAPE_STEP,), len(hidden) - 1)))
+        total = linear_cross_entropy_sum(hidden[rows], model.lm_head.weight, batch.target_ids[rows])
         return total, len(learned)

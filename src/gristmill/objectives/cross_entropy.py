@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gristmill.tokens.batch import IGNORED
+
 _CHUNK_BYTES = 1 << 24
 """Float32 logits of one chunk; small enough to stay near the last-level cache."""
 
@@ -18,7 +20,8 @@ _CHUNK_BYTES = 1 << 24
 def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over rows of -log softmax(hidden weight')[target], in nats; a float32 scalar.
 
-    hidden (rows, size), weight (vocabulary, size), targets (rows,) int64. Products run in the autocast type when
+    hidden (rows, size), weight (vocabulary, size), targets (rows,) int64; a row whose target is IGNORED counts
+    nothing. Products run in the autocast type when
     autocast is on, sums and the softmax in float32.
     """
     device = hidden.device.type
@@ -32,7 +35,7 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) ->
 def reference_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same in two plain lines: the oracle."""
     logits = torch.nn.functional.linear(hidden, weight).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -48,14 +51,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
+                counted = wanted != IGNORED
+                wanted = wanted.masked_fill(~counted, 0)
                 logits = (part @ head.T).float()
                 log_total = logits.logsumexp(dim=-1, keepdim=True)
-                total += (log_total - logits.gather(1, wanted)).sum()
+                total += (log_total - logits.gather(1, wanted)).mul(counted).sum()
                 if grad_hidden is not None and grad_weight is not None:
                     # d loss / d logits = softmax - one-hot, written over the logits
                     probabilities = logits.sub_(log_total).exp_()
                     probabilities.scatter_add_(1, wanted, probabilities.new_full((1, 1), -1.0).expand_as(wanted))
-                    grad_logits = probabilities.to(dtype)
+                    grad_logits = probabilities.mul_(counted).to(dtype)
                     grad_hidden[start : start + rows] = grad_logits @ head
                     grad_weight += grad_logits.T @ part
         ctx.save_for_backward(grad_hidden, grad_weight)

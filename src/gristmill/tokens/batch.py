@@ -53,6 +53,22 @@ class PackedBatch:
             self.input_ids.to(device), self.target_ids.to(device), self.position_ids.to(device), self.segment_lengths
         )
 
+    def rounded_up(self, multiple: int) -> PackedBatch:
+        """The batch with one more segment, of id 0 and without targets, that makes its length a multiple.
+
+        Kernels are made and kept for each shape they meet: batches of ever new lengths would cost time and memory.
+        """
+        surplus = -len(self.input_ids) % multiple
+        if surplus == 0:
+            return self
+        zeros = self.input_ids.new_zeros(surplus)
+        return PackedBatch(
+            torch.cat((self.input_ids, zeros)),
+            torch.cat((self.target_ids, zeros + IGNORED)),
+            torch.cat((self.position_ids, torch.arange(surplus, device=zeros.device))),
+            (*self.segment_lengths, surplus),
+        )
+
     @classmethod
     def from_segments(cls, segments: Sequence[Segment]) -> PackedBatch:
         """Lay segments end to end. Raises DataError for no segment, an empty one, or a mask of another length."""
