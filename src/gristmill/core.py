@@ -81,6 +81,11 @@ class SamplingParams:
             if not fine:
                 raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}", field=name)
 
+        for name in ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed"):
+            value = getattr(self, name)
+            optional = name in ("max_tokens", "logprobs", "prompt_logprobs", "seed")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            need(name, whole or (optional and value is None), "a whole number")
         need("n", self.n >= 1, "at least 1")
         need("temperature", 0.0 <= self.temperature < float("inf"), "0 or more")
         need("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")

@@ -37,14 +37,14 @@ def test_loss_is_the_negative_log_probability_token_by_token() -> None:
         for at in range(1, 12):  # 12 tokens, 11 predictions
             expected -= float(model(tokens[:at])[-1].double().log_softmax(-1)[tokens[at]])
     assert count == 11
-    assert float(total.detach()) == pytest.approx(expected, abs=1e-4 * 11)
+    assert total.item() == pytest.approx(expected, abs=1e-4 * 11)
 
 
 def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary() -> None:
     model = tiny.model(vocab_size=1000, tie_word_embeddings=False)
     torch.nn.init.zeros_(model.lm_head.weight)
     total, count = CausalLM().loss_sum(model, pack([tiny.ids(9, vocab_size=1000).tolist()]))
-    assert float(total.detach()) / count == pytest.approx(6.907755, abs=1e-5)
+    assert total.item() / count == pytest.approx(6.907755, abs=1e-5)
 
 
 def test_one_batch_can_be_learned_by_heart() -> None:
@@ -56,7 +56,7 @@ def test_one_batch_can_be_learned_by_heart() -> None:
         (total / count).backward()
         optimiser.step()
     # nothing predicts a document's second token but its first
-    assert float(total.detach()) / count < 0.05
+    assert total.item() / count < 0.05
 
 
 @pytest.mark.peer
@@ -67,7 +67,7 @@ def test_loss_and_gradient_equal_transformers_on_one_document(tmp_path: Path) ->
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     total, count = CausalLM().loss_sum(model, pack([tokens.tolist()]))
     expected = theirs(tokens[None], labels=tokens[None]).loss
-    assert float(total.detach()) / count == pytest.approx(float(expected.detach()), abs=1e-4)
+    assert total.item() / count == pytest.approx(expected.item(), abs=1e-4)
     (total / count).backward()
     expected.backward()
     wanted = theirs.model.embed_tokens.weight.grad
@@ -86,7 +86,7 @@ def test_masked_loss_equals_transformers_with_ignored_labels(tmp_path: Path) -> 
     labels = torch.where(torch.tensor(mask) == 1, tokens, -100)
     assert count == 5
     expected = theirs(tokens[None], labels=labels[None]).loss.detach()
-    assert float(total.detach()) / count == pytest.approx(float(expected), abs=1e-4)
+    assert total.item() / count == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_only_rows_that_predict_a_learned_token_get_gradient() -> None:
@@ -106,7 +106,7 @@ def test_only_rows_that_predict_a_learned_token_get_gradient() -> None:
 def test_masking_every_token_teaches_nothing() -> None:
     model = tiny.model()
     total, count = CausalLM().loss_sum(model, PackedBatch.from_segments([([1, 2, 3], [0, 0, 0])]))
-    assert (float(total.detach()), count) == (0.0, 0)
+    assert (total.item(), count) == (0.0, 0)
 
 
 def gradient(batches: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:

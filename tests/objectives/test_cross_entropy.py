@@ -33,7 +33,7 @@ def test_equals_the_reference_whatever_the_chunk(rows: int, vocabulary: int, chu
     expected = reference_cross_entropy_sum(hidden, weight, targets)
     theirs = torch.autograd.grad(3 * expected, (hidden, weight))
     assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(expected), rel=1e-5, abs=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -42,10 +42,10 @@ def test_extreme_logits_stay_finite() -> None:
     hidden, weight, targets = inputs(6)
     loss = linear_cross_entropy_sum(hidden * 1e4, weight, targets)
     loss.backward()
-    assert math.isfinite(float(loss))
+    assert math.isfinite(loss.item())
     assert weight.grad is not None
     assert bool(weight.grad.isfinite().all())
-    assert float(loss) == pytest.approx(float(reference_cross_entropy_sum(hidden * 1e4, weight, targets)), rel=1e-5)
+    assert loss.item() == pytest.approx(reference_cross_entropy_sum(hidden * 1e4, weight, targets).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -58,7 +58,7 @@ def test_bfloat16_autocast_stays_within_its_rounding(chunk: int, monkeypatch: py
     expected = reference_cross_entropy_sum(hidden, weight, targets)
     grads = torch.autograd.grad(expected, (hidden, weight))
     assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(expected), rel=1e-2)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
     for mine, other in zip((hidden.grad, weight.grad), grads, strict=True):
         assert mine is not None
         assert mine.dtype == torch.float32
@@ -79,7 +79,7 @@ def test_bfloat16_weights_get_bfloat16_gradients() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_none_are_computed(mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = inputs(20)
-    expected = float(reference_cross_entropy_sum(hidden, weight, targets))
+    expected = reference_cross_entropy_sum(hidden, weight, targets).item()
 
     def forbidden(*_: object, **__: object) -> Tensor:
         raise AssertionError("a gradient was computed")
@@ -87,7 +87,7 @@ def test_without_gradients_none_are_computed(mode: type, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.Tensor, "scatter_add_", forbidden)
     with mode():
         found = linear_cross_entropy_sum(hidden, weight, targets)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
     assert not found.requires_grad
 
 
@@ -104,7 +104,7 @@ def test_no_rows_lose_nothing_and_teach_nothing() -> None:
     hidden, weight, targets = inputs(0)
     loss = linear_cross_entropy_sum(hidden, weight, targets)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert weight.grad is not None
     assert not weight.grad.any()
 
