@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-import openai
 import pytest
+
+openai = pytest.importorskip("openai")
 
 from serve.conftest import Served
 from serve.running import wait_for

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
-from playwright import sync_api as playwright
-from playwright.sync_api import expect
+
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
 
 from serve.conftest import Served
 from serve.running import wait_for
