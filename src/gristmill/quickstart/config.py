@@ -67,7 +67,7 @@ class Budget:
 
 BUDGETS: dict[Preset, Budget] = {
     "nano": Budget(1.0, 4e-3, 1.0, 2e-3, 8, 3000, 150),
-    "tiny": Budget(1.0, 2e-3, 0.6, 1e-3, 8, None, 450),
+    "tiny": Budget(1.0, 2e-3, 0.6, 1e-3, 8, None, 300),
     "small": Budget(4.0, 1e-3, 2.0, 5e-4, 16, None, 450),
 }
 HELD_OUT_SHARE = 0.06

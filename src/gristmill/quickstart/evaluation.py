@@ -53,16 +53,15 @@ def evaluate(run: Quickstart, record: StageRecord) -> None:
     results = _perplexity(run, base, "base") + _perplexity(run, tuned, "fine-tuned")
     questions, left_out = _topic_articles(run)
     labels = topics(questions)
-    asked_base = _topic_task(questions, labels, tuned.renderer).evaluate(base)
-    plain_base = _plain_task(questions, labels).evaluate(base)
-    asked_tuned = _topic_task(questions, labels, tuned.renderer).evaluate(tuned)
+    asked, plain = _topic_task(questions, labels, tuned.renderer), _plain_task(questions, labels)
+    asked_tuned, asked_base, plain_base = asked.evaluate(tuned), asked.evaluate(base), plain.evaluate(base)
     # the base model gets the benefit of the form that suits it better
     best_base = max(asked_base, plain_base, key=lambda result: result.value)
     summary = summarise(asked_tuned)
-    for system, result, note in (
-        ("fine-tuned", asked_tuned, "asked as a chat question"),
-        ("base", asked_base, "asked as a chat question"),
-        ("base, plain text", plain_base, "asked to complete 'Topic:'"),
+    for system, result, task, note in (
+        ("fine-tuned", asked_tuned, asked, "asked as a chat question"),
+        ("base", asked_base, asked, "asked as a chat question"),
+        ("base, plain text", plain_base, plain, "asked to complete 'Topic:'"),
     ):
         results.append(
             Result(
@@ -75,6 +74,7 @@ def evaluate(run: Quickstart, record: StageRecord) -> None:
                 unit="%",
                 chance=summary.chance,
                 majority=summary.majority,
+                task=task.fingerprint,
                 headline=system == "fine-tuned",
             )
         )
