@@ -1,7 +1,8 @@
 """The training loop: pretraining and fine-tuning alike, exact to resume.
 
 A step is a pure function of the weights, the optimiser state and the step number: the loader gives the batch of any
-step at once, and nothing else is random. So a run that is killed and started again ends with the same weights.
+step at once, and nothing else is random. So a run that is killed and started again ends with the same weights, bit by
+bit on a CPU with the same number of threads (another number adds in another order).
 """
 
 from __future__ import annotations
