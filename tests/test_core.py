@@ -53,6 +53,11 @@ def test_from_dict_takes_every_field() -> None:
     assert SamplingParams.from_dict(values) == params
 
 
+def test_a_turns_end_is_added_unless_ends_are_ignored() -> None:
+    assert SamplingParams(stop_token_ids=[5]).ending_at([7, 5]).stop_token_ids == (5, 7)
+    assert SamplingParams(ignore_eos=True).ending_at([7]).stop_token_ids is None
+
+
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(gristmill, name) for name in gristmill.__all__)
     with pytest.raises(AttributeError, match="nonsense"):

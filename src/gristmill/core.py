@@ -109,6 +109,14 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def ending_at(self, token_ids: Sequence[int]) -> SamplingParams:
+        """The same, ending at these tokens too (those that close a chat turn), unless `ignore_eos`."""
+        if self.ignore_eos:
+            return self
+        return dataclasses.replace(
+            self, stop_token_ids=tuple(dict.fromkeys([*(self.stop_token_ids or ()), *token_ids]))
+        )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
         """Build from a plain mapping; an unknown key raises RequestError with the closest names."""

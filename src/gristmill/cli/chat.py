@@ -50,7 +50,12 @@ def _turn(llm: LLM, config: Config, messages: list[Message], line: str, interact
     asked: list[Message] = [*messages, {"role": "user", "content": line}]
     try:
         ids = llm.renderer.render_prompt(asked)
-        output = stream(llm.engine, ids, config.params(room=llm.max_model_len - len(ids)), sys.stdout)
+        output = stream(
+            llm.engine,
+            ids,
+            config.params(room=llm.max_model_len - len(ids)).ending_at(llm.renderer.stop_token_ids),
+            sys.stdout,
+        )
     except GristmillError as error:
         print(f"{error} (use /new for a new conversation)", file=sys.stderr)
         return messages

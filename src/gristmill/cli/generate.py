@@ -35,7 +35,10 @@ def run(config: Config) -> int:
     llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32))  # a seed that was asked for is the request's
     messages: list[Message] = [{"role": "user", "content": prompt}]
     ids = llm.renderer.render_prompt(messages) if config.chat else llm.tokenizer.encode(prompt)
-    output = stream(llm.engine, ids, config.params(room=llm.max_model_len - len(ids)), sys.stdout)
+    params = config.params(room=llm.max_model_len - len(ids))
+    if config.chat:
+        params = params.ending_at(llm.renderer.stop_token_ids)
+    output = stream(llm.engine, ids, params, sys.stdout)
     print()
     if output.outputs[0].finish_reason == "length":
         print(f"[stopped after {len(output.outputs[0].token_ids)} tokens]", file=sys.stderr)

@@ -73,10 +73,11 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
-        """See `LanguageModel.chat`."""
+        """See `LanguageModel.chat`. The token that closes a turn ends the answer, unless `ignore_eos`."""
+        params = (sampling_params or SamplingParams()).ending_at(self.renderer.stop_token_ids)
         single = bool(messages) and isinstance(messages[0], dict)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        return self.generate([self.renderer.render_prompt(c) for c in conversations], sampling_params)
+        return self.generate([self.renderer.render_prompt(c) for c in conversations], params)
 
     def score(self, prompt: Prompt, completion: Prompt) -> Score:
         """See `LanguageModel.score`."""
