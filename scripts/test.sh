@@ -6,5 +6,5 @@ bin=.venv/bin
 $bin/ruff format --check --quiet . || { echo "Formatting differs: run $bin/ruff format ." >&2; exit 1; }
 $bin/ruff check --quiet .
 $bin/mypy --no-error-summary
-$bin/lint-imports --no-timings >/dev/null || { $bin/lint-imports; exit 1; }
+layers=$($bin/lint-imports 2>&1) || { echo "$layers" >&2; exit 1; }
 exec $bin/python -m pytest "$@"
