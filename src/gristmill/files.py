@@ -47,7 +47,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory to fill; it becomes `path` when the block ends without error.
 
-    An existing directory at `path` is moved aside first and deleted only after the new one stands.
+    An existing directory at `path` is moved aside first and deleted only after the new one stands. A SIGKILL in the
+    instant between leaves both beside it, under hidden names.
     """
     temporary, old = _sibling(path), _sibling(path)
     try:
