@@ -7,9 +7,9 @@ Nothing here imports torch, so `import gristmill` stays light.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, runtime_checkable
 
 from gristmill.errors import RequestError, closest
 
@@ -291,11 +291,51 @@ class KVCache(Protocol):
         and the state after the last token. x and the result are flat, (tokens, size)."""
 
 
-class Objective(Protocol):
-    """A self-supervised or supervised training objective over flat, document-aware batches."""
+class Batch(Protocol):
+    """What one forward of training reads. Each objective knows the kind it makes."""
 
-    def loss_sum(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        """Summed loss in nats and the number of targets it is summed over; the trainer divides, globally."""
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads: what speed and token budgets count."""
+
+    def to(self, device: Any) -> Self:
+        """The same batch on another device."""
+
+
+class Loader(Protocol):
+    """Batches by number, so that any step's are at hand at once."""
+
+    def batch(self, number: int) -> Any:
+        """The batch of a number, counted from 0 through all epochs, the same at every call."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in which every example comes once."""
+
+
+class Objective(Protocol):
+    """A training objective: how raw examples become batches, and what is lost on them.
+
+    The trained loss is the sum over the terms of weight * (summed loss / count), where sums and counts run over all
+    batches of a step on all processes. So neither packing, accumulation nor the number of processes changes it.
+    """
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The loss terms by name, and the weight of each."""
+
+    def prepare(self, examples: Sequence[Any], keys: Sequence[tuple[int, ...]]) -> Batch:
+        """Make a batch; most objectives take the (ids, mask) segments of a token source as examples.
+
+        All that is random about an example follows from its key alone, so it does not matter what it is packed with.
+        Called by loaders, perhaps in another process; it needs no model. Raises DataError for an unfit example.
+        """
+
+    def counts(self, batch: Any) -> Mapping[str, int]:
+        """Targets of each term in a batch."""
+
+    def loss_sums(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        """Summed loss of each term in nats, float32 scalars."""
 
 
 class LogitsProcessor(Protocol):

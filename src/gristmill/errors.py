@@ -20,6 +20,10 @@ class CheckpointError(GristmillError):
     """A checkpoint is missing, incomplete or belongs to another model; the message names the tensor or key."""
 
 
+class BrokenCheckpoint(CheckpointError):
+    """A checkpoint's files are missing or damaged; an older checkpoint may still be whole."""
+
+
 class RequestError(GristmillError):
     """A generation request cannot be served as asked. `field` is the name of the offending argument."""
 

@@ -14,11 +14,8 @@ from hypothesis import strategies as st
 from gristmill.model.formats.huggingface import load_huggingface, save_huggingface
 from gristmill.objectives.causal import CausalLM
 from gristmill.tokens.batch import PackedBatch
-from gristmill.train.config import TrainConfig
-from gristmill.train.loop import accumulate_gradients
+from gristmill.train.loop import loss_and_gradients
 from model import tiny
-
-CONFIG = TrainConfig(steps=1)
 
 
 def documents(seed: int, count: int) -> list[list[int]]:
@@ -157,8 +154,8 @@ def test_masking_every_token_teaches_nothing() -> None:
 
 
 def gradient(batches: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:
-    model = tiny.model()
-    loss = accumulate_gradients(model, CausalLM(), batches, CONFIG)
+    model = tiny.model().double()  # in float32 the first norm can make a rounding error a hundred times larger
+    loss = loss_and_gradients(model, CausalLM(), batches)["loss"]
     return loss, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -172,4 +169,4 @@ def test_gradient_does_not_depend_on_order_or_dealing(seed: int, micro_batches: 
     other, found = gradient(dealt)
     assert other == pytest.approx(loss, rel=1e-5)
     for mine, theirs in zip(found, expected, strict=True):
-        assert float((mine - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
+        assert float((mine - theirs).abs().max()) <= 1e-6 * max(1.0, float(theirs.abs().max()))

@@ -38,6 +38,33 @@ def test_equals_the_reference_whatever_the_chunk(rows: int, vocabulary: int, chu
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bias_and_softcap_equal_the_reference(
+    with_bias: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 4 * 37 * 4)
+    hidden, weight, targets = inputs(11)
+    targets[3] = IGNORED
+    bias = torch.randn(37, generator=torch.Generator().manual_seed(1)).requires_grad_() if with_bias else None
+    parts = (hidden, weight) if bias is None else (hidden, weight, bias)
+    found = linear_cross_entropy_sum(hidden, weight, targets, bias, softcap=softcap)
+    expected = reference_cross_entropy_sum(hidden, weight, targets, bias, softcap=softcap)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for mine, other in zip(torch.autograd.grad(found, parts), torch.autograd.grad(expected, parts), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    hidden, weight, targets = inputs(6)
+    linear_cross_entropy_sum(hidden, weight.detach(), targets).backward()
+    theirs = torch.autograd.grad(reference_cross_entropy_sum(hidden, weight, targets), hidden)[0]
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, theirs)
+    linear_cross_entropy_sum(hidden.detach(), weight, targets).backward()
+    assert weight.grad is not None
+
+
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight, targets = inputs(6)
     loss = linear_cross_entropy_sum(hidden * 1e4, weight, targets)

@@ -125,3 +125,14 @@ def test_half_a_surrogate_pair_is_refused_with_its_place() -> None:
         CHAT.encode("a\ud83d")
     with pytest.raises(DataError, match=r"text 1 .* character 0"):
         CHAT.encode_batch(["fine", "\ud83d"])
+
+
+def test_special_tokens_spelled_in_a_corpus_can_be_taken_for_text() -> None:
+    text = "it ends a turn with <|im_end|>, and a text with <|endoftext|>"
+    specials = set(CHAT.special_tokens.values())
+    (plain,) = CHAT.encode_batch([text], special_tokens=False)
+    assert not specials & set(plain)
+    assert CHAT.decode(plain) == text
+    assert len(specials & set(CHAT.encode_batch([text])[0])) == 2  # the other way still recognises them
+    harmless = ["nothing special here", "a < b | c > d"]
+    assert CHAT.encode_batch(harmless, special_tokens=False) == CHAT.encode_batch(harmless)

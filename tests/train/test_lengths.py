@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,3 +156,15 @@ def test_the_loss_on_short_inputs_goes_on_where_it_was(tmp_path: Path) -> None:
     usual = max(abs(jump) for jump in jumps[:switch])
     assert all(abs(jump) <= usual for jump in jumps[switch : switch + 5]), (usual, jumps[switch:])
     assert losses[-1] < losses[switch] + 0.1
+
+
+def test_batches_of_another_kind_are_refused_by_name() -> None:
+    class Pairs:
+        batches_per_epoch = 10
+
+        def batch(self, number: int) -> object:
+            return SimpleNamespace(tokens=3)
+
+    loader = ScheduledLoader(Pairs(), LengthSchedule(((1.0, 8),)), steps=10)
+    with pytest.raises(GristmillError, match="cuts packed batches, but this objective makes a SimpleNamespace"):
+        loader.batch(0)

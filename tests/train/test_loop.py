@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from gristmill.errors import CheckpointError, GristmillError
 from gristmill.objectives.causal import CausalLM
 from gristmill.tokens.batch import PackedBatch
 from gristmill.train.checkpoint import checkpoints, load_checkpoint
-from gristmill.train.loop import accumulate_gradients, make_optimiser, mean_loss, train
+from gristmill.train.loop import loss_and_gradients, mean_losses, train
 from gristmill.train.metrics import read_metrics
+from gristmill.train.optimisers import make_optimiser
+from gristmill.train.precision import Precision
+from gristmill.train.world import LossModule, World
 from train.toy import Hooked, same, toy_config, toy_loader, toy_model, toy_run, weights
 
 
@@ -32,9 +36,14 @@ def segments(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     return made
 
 
+def held_out_loss(loader: Any) -> float:
+    module = LossModule(toy_model(), CausalLM())
+    return mean_losses(module, CausalLM(), loader, World(), Precision("float32", "cpu"))["loss"]
+
+
 def gradients(batches: list[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
     model = toy_model()
-    loss = accumulate_gradients(model, CausalLM(), batches, toy_config())
+    loss = loss_and_gradients(model, CausalLM(), batches)["loss"]
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -91,12 +100,12 @@ def test_held_out_data_without_a_target_are_refused() -> None:
             return PackedBatch.from_segments([([1, 2, 3], [0, 0, 0])])
 
     with pytest.raises(GristmillError, match="held-out"):
-        mean_loss(toy_model(), CausalLM(), Nothing(), toy_config())
+        held_out_loss(Nothing())
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = toy_model()
-    decayed, kept = make_optimiser(model, toy_config(weight_decay=0.3)).param_groups
+    decayed, kept = make_optimiser(model, "adamw", learning_rate=1e-3, weight_decay=0.3).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     assert decayed["betas"] == (0.9, 0.95)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -218,14 +227,14 @@ def test_optimiser_state_is_loaded_beside_the_weights_whole_or_not_at_all(tmp_pa
     toy_run(tmp_path)
     path = checkpoints(tmp_path / "checkpoints")[-1]
     model = toy_model()
-    optimiser = make_optimiser(model, toy_config())
+    optimiser = make_optimiser(model, "adamw", learning_rate=1e-2)
     position = load_checkpoint(path, model, optimiser, identity="toy")
     assert position.step == 30
     assert all(float(optimiser.state[parameter]["step"]) == 30 for parameter in model.parameters())
     other = toy_model()
     (path / "optimiser.safetensors").write_bytes((path / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="optimiser"):
-        load_checkpoint(path, other, make_optimiser(other, toy_config()), identity="toy")
+        load_checkpoint(path, other, make_optimiser(other, "adamw", learning_rate=1e-2), identity="toy")
     assert same(weights(other), weights(toy_model()))
 
 
@@ -243,5 +252,5 @@ def test_validation_batches_go_to_the_device_of_the_model() -> None:
         def batch(self, step: int) -> PackedBatch:
             return Watched.from_segments([([1, 2, 3], None)])
 
-    mean_loss(toy_model(), CausalLM(), Loader(), toy_config())
+    held_out_loss(Loader())
     assert moved == ["cpu", "cpu"]

@@ -190,7 +190,7 @@ def run_on_a_full_disk(directory: Path) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
 
     try:
-        toy_run(directory, objective=Hooked(fill))
+        toy_run(directory, toy_config(background_checkpoints=False), objective=Hooked(fill))
     except GristmillError as error:
         print(error, flush=True)
         return 3

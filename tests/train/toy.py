@@ -121,7 +121,7 @@ def run_and_die(directory: Path, where: str) -> None:
         return original(*arguments, **keywords)
 
     setattr(owner, name, dying)
-    toy_run(directory)
+    toy_run(directory, toy_config(background_checkpoints=False))
 
 
 def weights(model: Transformer) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.model.attention.latent import LatentAttention
@@ -27,6 +28,8 @@ class Block(nn.Module):
         super().__init__()
         self.pre, self.post = config.norm.placement == "pre", config.norm.placement == "post"
         self.parallel = config.parallel is not None
+        self.dropout = 0.0
+        """Share of each sub-layer's output that training leaves out."""
         before = config.norm.placement in ("pre", "sandwich")
         after = config.norm.placement != "pre"
         entry = config.layer(layer)
@@ -51,24 +54,28 @@ class Block(nn.Module):
         if self.parallel:
             normed = self.attention_norm(x)
             second = normed if isinstance(self.feedforward_norm, nn.Identity) else self.feedforward_norm(x)
-            parallel: Tensor = x + self.self_attn(normed, step, layer) + self.mlp(second)
+            parallel: Tensor = x + self.drop(self.self_attn(normed, step, layer)) + self.drop(self.mlp(second))
             return parallel
         if self.post:
-            x = self.attention_out_norm(x + self.self_attn(x, step, layer))
+            x = self.attention_out_norm(x + self.drop(self.self_attn(x, step, layer)))
             if step.memory is not None:
-                x = self.cross_out_norm(x + self.cross_attn(x, step.memory, layer))
-            out: Tensor = self.feedforward_out_norm(x + self.mlp(x))
+                x = self.cross_out_norm(x + self.drop(self.cross_attn(x, step.memory, layer)))
+            out: Tensor = self.feedforward_out_norm(x + self.drop(self.mlp(x)))
             return out
         if self.pre and step.memory is None:
             # the same as below without its identities, which cost as much as a product where tokens come one by one
-            x = x + self.self_attn(self.attention_norm(x), step, layer)
-            bare: Tensor = x + self.mlp(self.feedforward_norm(x))
+            x = x + self.drop(self.self_attn(self.attention_norm(x), step, layer))
+            bare: Tensor = x + self.drop(self.mlp(self.feedforward_norm(x)))
             return bare
-        x = x + self.attention_out_norm(self.self_attn(self.attention_norm(x), step, layer))
+        x = x + self.drop(self.attention_out_norm(self.self_attn(self.attention_norm(x), step, layer)))
         if step.memory is not None:
-            x = x + self.cross_out_norm(self.cross_attn(self.cross_norm(x), step.memory, layer))
-        out = x + self.feedforward_out_norm(self.mlp(self.feedforward_norm(x)))
+            x = x + self.drop(self.cross_out_norm(self.cross_attn(self.cross_norm(x), step.memory, layer)))
+        out = x + self.drop(self.feedforward_out_norm(self.mlp(self.feedforward_norm(x))))
         return out
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of a sub-layer's output. Source: Srivastava et al. 2014; Vaswani et al. 2017, section 5.4."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class Recurrent(nn.Module):

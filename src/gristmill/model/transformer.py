@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gristmill.core import KVCache
 from gristmill.errors import RequestError
@@ -29,6 +30,8 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
+        """Keep only the input of each block and compute the rest again in the backward pass."""
         width = config.embedding.size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if config.embedding.token_types:
@@ -84,7 +87,10 @@ class Stack(nn.Module):
         x = self.embed(input_ids, position_ids, token_type_ids)
         step = self.step(position_ids, cache, x.dtype, memory)
         for layer, block in enumerate(self.order):
-            x = self.layers[block](x, step, layer)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(self.layers[block], x, step, layer, use_reentrant=False)
+            else:
+                x = self.layers[block](x, step, layer)
         out: Tensor = self.norm(x)
         return out
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from gristmill.model.attention.packed import PackedAttention
 from gristmill.model.transformer import Transformer
 from gristmill.objectives.cross_entropy import linear_cross_entropy_sum
+from gristmill.objectives.single import SingleTerm
 from gristmill.tokens.batch import IGNORED, PackedBatch
 
 _SHAPE_STEP = 256
 """Tokens and predicted rows are rounded up to a multiple of this, so that kernels meet few different shapes."""
 
 
-class CausalLM:
+class CausalLM(SingleTerm):
     """The `Objective` of next-token prediction over packed batches."""
 
     def loss_sum(self, model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
@@ -38,9 +39,7 @@ class CausalLM:
 def next_token_loss_sum(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy in nats of final states (rows, hidden) against `targets` (rows,), IGNORED ones aside."""
     config = model.config
-    if config.logit_softcap is not None or config.head_bias:  # the chunked form knows a bare matrix only
-        logits = model.logits(hidden).float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
     if config.logit_scale is not None:
         hidden = hidden * config.logit_scale
-    return linear_cross_entropy_sum(hidden, model.lm_head.weight, targets)
+    head = model.lm_head
+    return linear_cross_entropy_sum(hidden, head.weight, targets, head.bias, softcap=config.logit_softcap)

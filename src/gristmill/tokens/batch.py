@@ -43,6 +43,11 @@ class PackedBatch:
                 )
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all segments."""
+        return len(self.input_ids)
+
+    @property
     def target_count(self) -> int:
         """Positions that predict a token; a loss summed over the batch is divided by this, summed globally."""
         return int((self.target_ids != IGNORED).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def _plain_backend(self) -> Backend:
+        # a copy, because the switch is a state of the backend and other threads may be encoding
+        backend = Backend.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """Text and id of every special token."""
@@ -60,10 +68,15 @@ class Tokenizer:
             return [self.bos_token_id, *ids]
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts at once, without a start token. Raises DataError as `encode` does."""
+    def encode_batch(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
+        """Ids of many texts at once, without a start token. Raises DataError as `encode` does.
+
+        `special_tokens` False takes those spelled in a text for plain text, as a corpus needs: what a page about chat
+        templates says must not end the turn.
+        """
+        backend = self.backend if special_tokens else self._plain_backend
         try:
-            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError as error:
             raise _not_encodable(texts, error) from error
         return [item.ids for item in encoded]

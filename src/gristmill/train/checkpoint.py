@@ -1,27 +1,30 @@
-"""Training checkpoints: weights, optimiser state and position, written atomically as safetensors and JSON."""
+"""Training checkpoints: weights, optimiser state and position, written atomically as safetensors and JSON.
+
+A checkpoint is a folder `step-N` of named groups of tensors and `position.json`. How a group lies on disk is the
+business of the `World`: one file here, shards of many processes elsewhere.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from gristmill.errors import CheckpointError
-from gristmill.files import atomic_directory, write_json
-from gristmill.model.formats.safetensors_file import save_tensors
+from gristmill.errors import BrokenCheckpoint, CheckpointError
+from gristmill.files import write_json
 from gristmill.model.formats.state import check_shapes
-from gristmill.model.transformer import Transformer
+from gristmill.train.optimisers import load_optimiser_tensors, optimiser_tensors
+from gristmill.train.world import World
 
-
-class BrokenCheckpoint(CheckpointError):
-    """A checkpoint's files are missing or damaged; an older checkpoint may still be whole."""
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,50 @@ class Position:
     """Where a run stands. `identity` names the run: a checkpoint of another one is refused."""
 
     step: int
+    """Optimiser steps taken; a skipped one counts."""
     tokens: int
+    """Tokens trained on, over all processes."""
     seconds: float
     identity: str
+    batches: int = 0
+    """Loader batches used: the next step begins with this number."""
+    bad_steps: int = 0
+    """Steps skipped or rewound so far."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """State of callbacks and of the loop, as JSON."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied matrix once, under its first name."""
+    found: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    kept = model.state_dict().keys()
+    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def save_checkpoint(
-    directory: Path, model: Transformer, optimiser: torch.optim.Optimizer, position: Position, *, keep: int
+    directory: Path,
+    groups: Groups,
+    position: Position,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    world: World | None = None,
 ) -> Path:
-    """Write `directory/step-N`, then delete all but the newest `keep`. The old ones stand until the new one does."""
+    """Write `directory/step-N`, then delete all but the newest `keep`. The old ones stand until the new one does.
+
+    Those of steps that `keep_every` divides stay for good.
+    """
+    world = world or World()
     path = directory / f"step-{position.step:08d}"
-    with atomic_directory(path) as temporary:
-        # a tied matrix is in the model twice under two names; named_parameters has it once
-        save_tensors({n: p.detach() for n, p in model.named_parameters()}, temporary / "model.safetensors")
-        save_tensors(_optimiser_tensors(model, optimiser), temporary / "optimiser.safetensors")
-        write_json(temporary / "position.json", asdict(position))
-    for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+    with world.directory(path) as temporary:
+        for name, tensors in groups.items():
+            world.write(temporary, name, tensors)
+        if world.is_main:
+            write_json(temporary / "position.json", asdict(position))
+    if world.is_main:
+        for old in checkpoints(directory)[:-keep]:
+            if keep_every is None or int(old.name[5:]) % keep_every:
+                shutil.rmtree(old)
     return path
 
 
@@ -54,7 +84,15 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-????????"))
 
 
-def resume(directory: Path, model: Transformer, optimiser: torch.optim.Optimizer, *, identity: str) -> Position | None:
+def resume(
+    directory: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    *,
+    identity: str,
+    extra: Mapping[str, Callable[[Mapping[str, Tensor]], None]] | None = None,
+    world: World | None = None,
+) -> Position | None:
     """Load the newest checkpoint that is whole; None when there is no checkpoint.
 
     A damaged one is told on stderr and left out. Raises CheckpointError as `load_checkpoint` does, and when all are
@@ -63,7 +101,7 @@ def resume(directory: Path, model: Transformer, optimiser: torch.optim.Optimizer
     newest: BrokenCheckpoint | None = None
     for path in reversed(checkpoints(directory)):
         try:
-            return load_checkpoint(path, model, optimiser, identity=identity)
+            return load_checkpoint(path, model, optimiser, identity=identity, extra=extra, world=world)
         except BrokenCheckpoint as error:
             print(f"warning: {error}; going back to the checkpoint before it", file=sys.stderr)
             newest = newest or error
@@ -73,43 +111,77 @@ def resume(directory: Path, model: Transformer, optimiser: torch.optim.Optimizer
 
 
 def load_checkpoint(
-    path: Path, model: Transformer, optimiser: torch.optim.Optimizer | None = None, *, identity: str | None = None
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer | None = None,
+    *,
+    identity: str | None = None,
+    extra: Mapping[str, Callable[[Mapping[str, Tensor]], None]] | None = None,
+    world: World | None = None,
 ) -> Position:
     """Put a checkpoint's weights, and optimiser state if asked, into what is given.
 
-    Raises BrokenCheckpoint when a file is missing or damaged, CheckpointError when the run is another (`identity`) or a
-    tensor is missing, surplus or of the wrong shape; nothing is changed then.
+    extra: for each further group of tensors what takes it. Raises BrokenCheckpoint when a file is missing or damaged,
+    CheckpointError when the run is another (`identity`) or a tensor is missing, surplus or of the wrong shape; nothing
+    is changed then.
     """
+    world = world or World()
+    own = model_tensors(model)
     try:
         position = Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
-        weights = load_file(path / "model.safetensors")
-        state = load_file(path / "optimiser.safetensors") if optimiser is not None else {}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BrokenCheckpoint(f"{path}: not a readable checkpoint ({error})") from error
     if identity is not None and position.identity != identity:
         raise CheckpointError(
             f"{path} belongs to a run with other settings (it says {position.identity}, this run is {identity}). "
             "Use another directory, or delete this one to start anew."
         )
-    parameters = dict(model.named_parameters())
-    check_shapes({name: parameter.shape for name, parameter in parameters.items()}, weights, str(path))
+    weights = world.read(path, "model", own)
+    state = world.read(path, "optimiser", optimiser_tensors(model, optimiser)) if optimiser is not None else {}
+    others = {name: world.read(path, name, {}) for name in extra or {}}
+    check_shapes({name: tensor.shape for name, tensor in own.items()}, weights, str(path))
     if optimiser is not None:
-        expected = {f"{n}.{m}": p.shape for n, p in parameters.items() for m in ("exp_avg", "exp_avg_sq")}
-        expected.update({f"{name}.step": torch.Size([]) for name in parameters})
-        check_shapes(expected, state, f"{path}/optimiser.safetensors")
+        load_optimiser_tensors(model, optimiser, state, where=f"{path}/optimiser")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    if optimiser is not None:
-        for name, parameter in parameters.items():
-            own = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+    for name, take in (extra or {}).items():
+        take(others[name])
     return position
 
 
-def _optimiser_tensors(model: Transformer, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimiser.state[parameter].items():
-            tensors[f"{name}.{key}"] = value
-    return tensors
+class Keeper:
+    """Writes the checkpoints of a run, in a thread while training goes on if asked; one at a time.
+
+    An error of a write in the thread is raised by the next call.
+    """
+
+    def __init__(self, save: Callable[..., Path], *, background: bool) -> None:
+        self._save, self._background = save, background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, directory: Path, groups: Groups, position: Position, **options: Any) -> None:
+        """Take the state as it is now; it is on disk after this, or in the background after `wait`."""
+        self.wait()
+        if not self._background:
+            self._save(directory, groups, position, **options)
+            return
+        copies = {name: {key: t.detach().cpu().clone() for key, t in group.items()} for name, group in groups.items()}
+        self._thread = threading.Thread(target=self._run, args=(directory, copies, position), kwargs=options)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what the writing raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, directory: Path, groups: Groups, position: Position, **options: Any) -> None:
+        try:
+            self._save(directory, groups, position, **options)
+        except BaseException as error:  # handed to the training thread
+            self._error = error

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gristmill.core import Loader
 from gristmill.errors import GristmillError
 from gristmill.tokens.batch import IGNORED, PackedBatch
-from gristmill.train.loop import Loader
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,17 @@ class ScheduledLoader:
         """See `Loader`."""
         return self.inner.batches_per_epoch
 
-    def batch(self, step: int) -> PackedBatch:
-        """See `Loader`: batches are counted through the micro-batches of all steps."""
-        length = self.schedule.at(step // self.micro_batches, self.steps)
-        return cut_to_length(self.inner.batch(step), length)
+    def batch(self, number: int) -> PackedBatch:
+        """See `Loader`: batches are counted through the micro-batches of all steps. Raises GristmillError for batches
+        of another kind than `PackedBatch`, whose segments may not be cut."""
+        length = self.schedule.at(number // self.micro_batches, self.steps)
+        batch = self.inner.batch(number)
+        if not isinstance(batch, PackedBatch):
+            raise GristmillError(
+                f"a length schedule cuts packed batches, but this objective makes a {type(batch).__name__}. Train each "
+                "stage on its own instead, with a loader of that stage's row_length."
+            )
+        return cut_to_length(batch, length)
 
 
 def cut_to_length(batch: PackedBatch, length: int) -> PackedBatch:

@@ -18,9 +18,18 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() and resume_step else []
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._path, self._handle = path, path.open("a", encoding="utf-8")
+        self._path = path
+        self._open(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: the run went back to it."""
+        self.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        kept = [r for r in read_metrics(self._path) if r["step"] <= step] if self._path.exists() and step else []
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._handle = self._path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it reaches the file at once."""

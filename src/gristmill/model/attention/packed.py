@@ -42,6 +42,7 @@ class PackedAttention:
         if prefix_lengths is not None:
             check_prefixes(prefix_lengths, segment_lengths)
             prefix_lengths = [p for p, length in zip(prefix_lengths, segment_lengths, strict=True) if length]
+        self.prefix_lengths = prefix_lengths
         segment_lengths = [length for length in segment_lengths if length]  # an empty one has nobody who attends
         self.uniform = segment_lengths[0] if len(set(segment_lengths)) == 1 else None
         if not segment_lengths:
