@@ -17,8 +17,8 @@ from gristmill.model.presets import preset
 from gristmill.model.transformer import Transformer
 from gristmill.objectives.causal import CausalLM
 from gristmill.tokens.batch import PackedBatch
-from gristmill.train.config import TrainConfig
-from gristmill.train.loop import accumulate_gradients, make_optimiser
+from gristmill.train.loop import loss_and_gradients
+from gristmill.train.optimisers import make_optimiser
 
 TOKENS, ROW = 4096, 512
 
@@ -37,13 +37,12 @@ def measure(precision: str, rounds: int) -> dict[str, float]:
     config = preset("tiny")
     texts = documents(config.vocab_size)
     batch = PackedBatch.from_segments([(text, None) for text in texts])
-    options = TrainConfig(steps=1_000_000, precision=precision)
     ours = Transformer(config)
     ours.initialise(0)
-    our_optimiser = make_optimiser(ours, options)
+    our_optimiser = make_optimiser(ours, "adamw", learning_rate=1e-3)
 
     def our_step() -> None:
-        accumulate_gradients(ours, CausalLM(), [batch], options)
+        loss_and_gradients(ours, CausalLM(), [batch], precision)
         torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
         our_optimiser.step()
         our_optimiser.zero_grad()

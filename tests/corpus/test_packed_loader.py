@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.corpus.loader import PackedLoader
+from gristmill.corpus.loader import ExampleLoader, PackedLoader
 from gristmill.corpus.shards import TokenDataset, TokenList, write_shards
 from gristmill.errors import DataError
 from gristmill.tokens.batch import IGNORED
@@ -98,8 +98,76 @@ def test_refusals():
     with pytest.raises(DataError, match="longer than a row"):
         PackedLoader(source([9]), row_length=8, rows_per_batch=1, seed=0, long_documents="refuse")
     loader = PackedLoader(source([9]), row_length=8, rows_per_batch=1, seed=0)
-    with pytest.raises(ValueError, match="step must be 0 or more"):
+    with pytest.raises(ValueError, match="number of a batch must be 0 or more"):
         loader.batch(-1)
     with pytest.raises(ValueError, match="rows_per_batch"):
         PackedLoader(source([9]), row_length=8, rows_per_batch=0, seed=0)
     assert loader.utilisation == 9 / 16
+
+
+def test_prepare_gets_each_piece_with_a_key_that_packing_does_not_change():
+    lengths = [7, 30, 12, 5, 9]
+    seen = {}
+    for rows_per_batch in (1, 3):
+        pairs = {}
+
+        def prepare(segments, keys, pairs=pairs):
+            pairs.update(zip(keys, (ids.tolist() for ids, _ in segments), strict=True))
+            return len(segments)
+
+        arguments = {"row_length": 16, "rows_per_batch": rows_per_batch, "seed": 4, "prepare": prepare}
+        loader = PackedLoader(source(lengths), **arguments)
+        counts = [loader.batch(number) for number in range(2 * loader.batches_per_epoch)]
+        assert sum(counts) == len(pairs) == 2 * len(loader.packing.pieces)  # no key twice, in no epoch
+        seen[rows_per_batch] = pairs
+    assert seen[1] == seen[3]
+    begins = np.cumsum([0, *lengths])
+    for (seed, epoch, document, start), ids in seen[1].items():
+        assert seed == 4
+        assert epoch in (0, 1)
+        assert ids[0] == begins[document] + start
+
+
+def test_far_batches_are_found_without_a_walk():
+    class Counting(TokenList):
+        reads = 0
+
+        def read(self, pieces):
+            self.reads += len(pieces)
+            return super().read(pieces)
+
+    counting = Counting(numbered_documents([10] * 60), vocab_size=600)
+    loader = PackedLoader(counting, row_length=20, rows_per_batch=3, seed=0)
+    far = loader.batch(10**6)
+    assert counting.reads == 6
+    assert same(PackedLoader(source([10] * 60), row_length=20, rows_per_batch=3, seed=0).batch(10**6), far)
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 40), per_batch=st.integers(1, 9), epoch=st.integers(0, 3), shuffle=st.booleans())
+def test_every_example_comes_once_an_epoch_with_its_key(count, per_batch, epoch, shuffle):
+    arguments = {"examples_per_batch": per_batch, "seed": 6, "shuffle": shuffle}
+    examples = [f"example {number}" for number in range(count)]
+    loader = ExampleLoader(examples, prepare=lambda chosen, keys: list(zip(chosen, keys, strict=True)), **arguments)
+    numbers = range(epoch * loader.batches_per_epoch, (epoch + 1) * loader.batches_per_epoch)
+    batches = [loader.batch(number) for number in numbers]
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= per_batch
+    assert max(sizes) - min(sizes) <= 1
+    flat = [pair for batch in batches for pair in batch]
+    assert sorted(flat) == sorted((examples[index], (6, epoch, index)) for index in range(count))
+    assert shuffle or [key[2] for _, key in flat] == list(range(count))
+    assert loader.batch(numbers[-1]) == batches[-1]
+
+
+def test_examples_are_shuffled_anew_each_epoch():
+    loader = ExampleLoader(range(50), examples_per_batch=50, seed=0, prepare=lambda chosen, keys: chosen)
+    first, second = loader.batch(0), loader.batch(1)
+    assert first != second != sorted(second)
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(DataError, match="there are no examples"):
+        ExampleLoader([], examples_per_batch=1, seed=0, prepare=lambda chosen, keys: chosen)
+    with pytest.raises(ValueError, match="examples_per_batch"):
+        ExampleLoader([1], examples_per_batch=0, seed=0, prepare=lambda chosen, keys: chosen)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.corpus.shards import INDEX, TokenDataset, TokenList, write_shards
+from gristmill.corpus.shards import INDEX, TokenDataset, TokenList, check_vocabulary, write_shards
 from gristmill.errors import DataError
+from gristmill.model.presets import preset
 
 EOS = 0
 DOCUMENTS = [([5, 6, 7], None), ([8], None), ([9, 10, EOS], None), (list(range(1, 12)), None)]
@@ -149,6 +151,9 @@ def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(tmp_path):
     assert dataset.document(0).tolist() == [5, 6, 7, EOS]
     with pytest.raises(DataError, match="document 1 holds token id 100, but the vocabulary has 100"):
         dataset.document(1)
+    with pytest.raises(DataError, match="document 1 holds token id 100"):
+        dataset.read(np.array([[3, 0, 4], [1, 0, 1]]))
+    assert [ids.tolist() for ids, _ in dataset.read(np.array([[3, 1, 4], [0, 0, 2]]))] == [[2, 3, 4], [5, 6]]
     with pytest.raises(DataError, match=r"shard-00000\.bin: SHA-256 is"):
         dataset.verify()
 
@@ -162,3 +167,13 @@ def test_lists_in_memory_are_held_to_the_same_rules():
         TokenList([([10], None)], vocab_size=10)
     with pytest.raises(DataError, match="trains nothing"):
         TokenList([([1, 2], [0, 0])], vocab_size=10)
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
+    config = dataclasses.replace(preset("tiny"), vocab_size=99)
+    with pytest.raises(DataError, match=r"s: the corpus has a vocabulary of 100.* \(vocab_size\) has 99 rows"):
+        check_vocabulary(write(tmp_path / "s"), config)
+    with pytest.raises(DataError, match="the corpus has a vocabulary of 100"):
+        check_vocabulary(TokenList(DOCUMENTS, vocab_size=100), config)
+    check_vocabulary(TokenList(DOCUMENTS, vocab_size=100), dataclasses.replace(config, vocab_size=100))
+    check_vocabulary(TokenList(DOCUMENTS, vocab_size=100), dataclasses.replace(config, vocab_size=128))

@@ -38,6 +38,11 @@ class Packing:
         begin, end = self.offsets[row : row + 2]
         return [(document, start, stop) for document, start, stop in self.pieces[begin:end].tolist()]
 
+    def pieces_of(self, rows: np.ndarray) -> np.ndarray:
+        """The pieces of some rows, one row after the other, shape (pieces, 3)."""
+        spans = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        return np.concatenate([self.pieces[begin:end] for begin, end in spans])
+
     def __iter__(self) -> Iterator[list[Piece]]:
         return (self[row] for row in range(len(self)))
 

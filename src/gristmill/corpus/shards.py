@@ -10,12 +10,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gristmill.errors import DataError
 from gristmill.files import atomic_directory, write_json
+
+if TYPE_CHECKING:
+    from gristmill.model.config import ModelConfig
 
 FORMAT, VERSION, INDEX = "gristmill-shards", 1, "index.json"
 
@@ -30,8 +33,28 @@ class TokenSource(Protocol):
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64 of shape (documents,)."""
 
-    def piece(self, document: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids of tokens start to end, and their loss mask or None where all are to be learned."""
+    @property
+    def vocab_size(self) -> int:
+        """All ids are below this."""
+
+    def read(self, pieces: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Ids and loss mask, None where all are to be learned, of each (document, start, end), shape (pieces, 3).
+
+        Raises DataError for an id outside the vocabulary.
+        """
+
+
+def check_vocabulary(source: TokenSource, config: "ModelConfig") -> None:
+    """Raise DataError when ids of the source may have no row in the model's embedding.
+
+    An embedding with more rows than the vocabulary has ids is fine: many are rounded up.
+    """
+    if source.vocab_size > config.vocab_size:
+        where = f"{source.directory}: " if isinstance(source, TokenDataset) else ""
+        raise DataError(
+            f"{where}the corpus has a vocabulary of {source.vocab_size}, but the model's embedding (vocab_size) has "
+            f"{config.vocab_size} rows. Build the model for the corpus' tokenizer, or tokenise with the model's."
+        )
 
 
 class TokenList:
@@ -43,6 +66,7 @@ class TokenList:
             for number, (ids, mask) in enumerate(documents)
         ]
         self.lengths = np.array([len(ids) for ids, _ in self._documents], dtype=np.int64)
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -51,6 +75,10 @@ class TokenList:
         """Ids and mask of a stretch of one document."""
         ids, mask = self._documents[document]
         return ids[start:end], None if mask is None else mask[start:end]
+
+    def read(self, pieces: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """See `TokenSource`."""
+        return [self.piece(*piece) for piece in pieces.tolist()]
 
 
 @dataclass
@@ -159,6 +187,9 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenDataset.open, (self.directory,)  # another process maps the files, instead of getting a copy
+
     def document(self, number: int) -> np.ndarray:
         """Token ids of one document: a read-only view of the mapped file, shape (length,)."""
         return self.piece(number, 0, int(self.lengths[number]))[0]
@@ -178,6 +209,21 @@ class TokenDataset:
                 f"but the vocabulary has {self.vocab_size}"
             )
         return ids, None if self._masks is None else self._masks[shard][begin + start : begin + end]
+
+    def read(self, pieces: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """See `TokenSource`. Ids are looked through together: piece by piece that would take most of the time."""
+        documents = pieces[:, 0]
+        shards = self._shard_of[documents].tolist()
+        begins = (self._begin[documents] + pieces[:, 1]).tolist()
+        ends = (self._begin[documents] + pieces[:, 2]).tolist()
+        spans = list(zip(shards, begins, ends, strict=True))
+        ids = [self._ids[shard][begin:end] for shard, begin, end in spans]
+        if ids and np.concatenate(ids).max(initial=0) >= self.vocab_size:
+            return [self.piece(*piece) for piece in pieces.tolist()]  # names the document
+        if self._masks is None:
+            return [(item, None) for item in ids]
+        masks = [self._masks[shard][begin:end] for shard, begin, end in spans]
+        return list(zip(ids, masks, strict=True))
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the index, and every id with the vocabulary."""

@@ -11,7 +11,8 @@ import torch
 
 from gristmill.errors import GristmillError
 from gristmill.model.presets import Preset
-from gristmill.train.config import Precision, TrainConfig
+from gristmill.train.config import TrainConfig
+from gristmill.train.precision import PrecisionName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ HELD_OUT_SHARE = 0.06
 ROW_LENGTH = 512
 
 
-def choose_precision(config: QuickstartConfig) -> Precision:
+def choose_precision(config: QuickstartConfig) -> PrecisionName:
     """The precision to train in. On a processor without bfloat16 units, emulating it is slower than float32."""
     if config.precision != "auto":
         return config.precision
@@ -87,7 +88,7 @@ def choose_precision(config: QuickstartConfig) -> Precision:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def train_config(epochs: float, learning_rate: float, batches_per_epoch: int, precision: Precision) -> TrainConfig:
+def train_config(epochs: float, learning_rate: float, batches_per_epoch: int, precision: PrecisionName) -> TrainConfig:
     """The loop's options for so many epochs over a loader."""
     steps = max(1, round(epochs * batches_per_epoch))
     return TrainConfig(

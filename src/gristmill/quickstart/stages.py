@@ -134,7 +134,7 @@ def tokenise(run: Quickstart, record: StageRecord) -> None:
     """Documents -> token shards, training and held out apart."""
     total = 0
     for name, documents in zip(("train", "held-out"), run.documents, strict=True):
-        ids = run.tokenizer.encode_batch([document.text for document in documents])
+        ids = run.tokenizer.encode_batch([document.text for document in documents], special_tokens=False)
         total += _write(run, name, ((item, None) for item in ids), run.tokenizer.eos_token_id).tokens
     record.tokens = total
 
