@@ -24,6 +24,7 @@ REQUIRED = {
     "inspect": ["m"],
     "assets": ["list"],
     "tokens": ["show", "f.jsonl"],
+    "pretrain": ["d", "--data", "a.txt"],
 }
 
 
@@ -74,6 +75,8 @@ def test_the_printed_configuration_loads_back_to_the_same_object(
         "inspect": ["--tensors", "--json"],
         "assets": ["--sha256", "0123", "--kind", "data"],
         "tokens": ["--ids", "--template", "chatml"],
+        "pretrain": ["--objective", "electra", "--weights", "[0.5]", "--train.batch_growth", "[[100,2]]"],
+        "plan": ["run", "gpt2", "--hours", "2.5", "--layout.shard", "8", "--ladder.sizes", "[1,2,3]", "--json"],
     }[verb]
     arguments = [*REQUIRED.get(verb, []), *given_options]
     with pytest.raises(SystemExit):

@@ -12,6 +12,8 @@ from gristmill.errors import GristmillError, closest
 
 VERBS = {
     "quickstart": "train, fine-tune, evaluate and export a small model from raw text, resumable",
+    "pretrain": "train a model on text with any objective: decoder, encoder or encoder-decoder",
+    "plan": "tell size, time, money and memory of a training run, or test the scaling law on a ladder of small ones",
     "generate": "complete a prompt",
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over the OpenAI HTTP interface, with a chat page",

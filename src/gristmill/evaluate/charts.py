@@ -12,13 +12,14 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gristmill.errors import DataError, MissingExtra
 from gristmill.evaluate.formatting import count
 from gristmill.evaluate.run_report import Curve, FunnelRow, Result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
@@ -49,7 +50,7 @@ _WIDTH = 4.7
 
 
 def curve_svg(curve: Curve) -> str:
-    """Losses over tokens, with the learning rate in a low strip under them. Raises MissingExtra."""
+    """Values over tokens or sizes, with the learning rate, if any, in a low strip under them. Raises MissingExtra."""
     if len(curve.series) > len(SERIES):
         raise DataError(f"{curve.title}: a chart takes at most {len(SERIES)} series, got {len(curve.series)}")
     return _draw(curve.title, 3.0, lambda figure: _paint_curve(figure, curve))
@@ -75,17 +76,35 @@ def _paint_curve(figure: Figure, curve: Curve) -> None:
         few = len(series.values) <= 40
         marks: dict[str, Any] = {"marker": "o", "ms": 3, "lw": 1.8} if few else {"lw": 1.1}
         losses.plot(series.tokens, series.values, color=colour, label=_wrapped(series.name), **marks)
+        if series.band is not None:
+            losses.fill_between(series.tokens, *series.band, color=colour, alpha=0.2, lw=0)
     losses.set_ylabel(curve.y_label)
     losses.grid(axis="y")
-    losses.legend(loc="upper right")
+    few = all(len(series.values) <= 40 for series in curve.series)  # with many points "best" takes its time
+    losses.legend(loc="best" if curve.logarithmic or few else "upper right")
+    if curve.logarithmic:
+        _make_logarithmic(losses, curve.logarithmic)
     if rate:
         highest = max(value for value in rate.values if math.isfinite(value))
         bottom.plot(rate.tokens, rate.values, color=MUTED, lw=1.2)
         bottom.set_ylabel("rate")
         bottom.set_ylim(0, 1.1 * highest or 1)
         bottom.set_yticks([0, highest], ["0", f"{highest:.1e}"])
-    bottom.set_xlabel("tokens")
+    bottom.set_xlabel(curve.x_label)
     bottom.xaxis.set_major_formatter(lambda value, _: count(value, trim=True))
+
+
+def _make_logarithmic(axes: Axes, which: Literal["x", "xy"]) -> None:
+    """Logarithmic axes with plain numbers: a law of losses spans less than a power of ten."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    if which == "xy":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _paint_funnel(figure: Figure, rows: Sequence[FunnelRow]) -> None:

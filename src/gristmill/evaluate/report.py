@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gristmill.evaluate.report_html import html
 from gristmill.evaluate.report_markdown import markdown
-from gristmill.evaluate.run_report import Confusion, Curve, FunnelRow, Result, RunReport, Sample, Series, Stage
+from gristmill.evaluate.run_report import Confusion, Curve, FunnelRow, Result, RunReport, Sample, Series, Stage, Table
 from gristmill.files import write_text
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Sample",
     "Series",
     "Stage",
+    "Table",
     "write_report",
 ]
 

@@ -13,7 +13,8 @@ def markdown(report: RunReport) -> str:
     parts = [f"# {_line(report.name)}"]
     if report.summary:
         parts.append(_line(report.summary))
-    parts += _results(report) + _training(report) + _data(report) + _samples(report) + _costs(report) + _use(report)
+    parts += _results(report) + _tables(report) + _training(report) + _data(report)
+    parts += _samples(report) + _costs(report) + _use(report)
     if report.provenance:
         parts += ["## Provenance", _table(["what", "value"], report.provenance.items())]
     return "\n\n".join(parts) + "\n"
@@ -36,6 +37,10 @@ def _results(report: RunReport) -> list[str]:
     return parts
 
 
+def _tables(report: RunReport) -> list[str]:
+    return [part for table in report.tables for part in (f"## {_line(table.title)}", _table(table.header, table.rows))]
+
+
 def _training(report: RunReport) -> list[str]:
     parts = [part for curve in report.curves for part in _curve(curve)]
     return ["## Training", *parts] if parts else []
@@ -47,7 +52,7 @@ def _curve(curve: Curve) -> list[str]:
         values = [value for value in series.values if math.isfinite(value)]
         ends = [f"{value:.4f}" for value in (values[0], min(values), values[-1])]
         rows.append([series.name, count(series.tokens[-1]), *ends])
-    table = _table([curve.y_label, "tokens", "first", "lowest", "last"], rows)
+    table = _table([curve.y_label, curve.x_label, "first", "lowest", "last"], rows)
     return [f"### {_line(curve.title)}", table, *([_line(curve.hint)] if curve.hint else [])]
 
 

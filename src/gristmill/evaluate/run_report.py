@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gristmill.errors import DataError
 
@@ -25,15 +26,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: y values over tokens seen so far. A NaN leaves a gap."""
+    """A line of a chart: y values over tokens seen so far, or over what the curve's x_label says. A NaN leaves a gap.
+    `band` holds lower and upper bounds of the values, drawn as a shade."""
 
     name: str
     tokens: Sequence[float]
     values: Sequence[float]
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.values) or not self.tokens:
             raise DataError(f"series {self.name}: {len(self.tokens)} tokens and {len(self.values)} values")
+        if self.band is not None and any(len(bound) != len(self.values) for bound in self.band):
+            raise DataError(f"series {self.name}: a band needs a lower and an upper bound for each value")
         if not any(map(math.isfinite, self.values)):
             raise DataError(f"series {self.name}: no value is a finite number")
 
@@ -47,6 +52,18 @@ class Curve:
     y_label: str = "loss (nats per token)"
     learning_rate: Series | None = None
     hint: str = ""
+    x_label: str = "tokens"
+    logarithmic: Literal["", "x", "xy"] = ""
+    """Axes that are drawn in logarithms."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,7 @@ class RunReport:
     """One or two sentences: what was trained on what."""
     stages: Sequence[Stage] = ()
     curves: Sequence[Curve] = ()
+    tables: Sequence[Table] = ()
     funnel: Sequence[FunnelRow] = ()
     results: Sequence[Result] = ()
     verdicts: Sequence[str] = ()
