@@ -1,0 +1,1 @@
+"""Pretraining from text to a model on disk, with any objective."""
