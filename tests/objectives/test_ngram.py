@@ -135,13 +135,14 @@ def test_perplexity_is_that_of_nltk(order: int, add: float) -> None:
 @pytest.mark.asset
 def test_shakespeare() -> None:
     """Letters grow more predictable with each one known, and Kneser-Ney reads new words better than add-k."""
-    documents = [document.text for document in read_text(assets.get("shakespeare"))][:4]
-    letters = [[c for c in " ".join(split_words(text)).lower() if c.isalpha() or c == " "] for text in documents[:2]]
+    # of every play there is a second edition in old spelling (_f): held-out text must not be among the rest in that
+    plays = [one.text for one in read_text(assets.get("shakespeare")) if one.id.endswith("_gut.txt")][:5]
+    letters = [[c for c in " ".join(split_words(text)).lower() if c.isalpha() or c == " "] for text in plays[:2]]
     alphabet = {letter for text in letters for letter in text}
     bits = [NGram(n, alphabet).fit(letters).cross_entropy(letters) / math.log(2) for n in (1, 2, 3, 4)]
     assert 3.9 < bits[0] < 4.3
     assert all(later < earlier - 0.3 for earlier, later in itertools.pairwise(bits))
-    words = [split_words(text.lower()) for text in documents]
+    words = [split_words(text.lower()) for text in plays]
     vocabulary = {"?", *(word for text in words[:-1] for word in text)}
     bigrams, trigrams = (
         [NGram(order, vocabulary, unknown="?", **how).fit(words[:-1]) for how in ({"add": 0.01}, {"discount": 0.75})]

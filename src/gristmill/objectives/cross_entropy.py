@@ -16,6 +16,8 @@ from gristmill.tokens.batch import IGNORED
 _CHUNK_ROWS, _CHUNK_BYTES = 1024, 1 << 28
 """Rows of one chunk, and at most so many bytes of its float32 logits. Each chunk adds to the whole gradient of the
 head: with few rows that traffic outweighs the product (at 50,257 tokens 83 rows take twice as long as 1,024)."""
+_CACHE_BYTES = 1 << 24
+"""Float32 logits that are exponentiated at once: they should stay in the cache between their passes."""
 
 
 def linear_cross_entropy_sum(
@@ -67,38 +69,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
-        head, minus_one = weight.to(dtype), torch.full((1, 1), -1.0, device=hidden.device)
-        rows = min(_CHUNK_ROWS, max(1, _CHUNK_BYTES // (4 * weight.shape[0])))
+        head, wide = weight.to(dtype), None if bias is None else bias.to(dtype)
+        rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]), hidden.shape[0]))
+        # made once: memory that is new to the process costs as much as a pass over it
+        powers = torch.empty((rows, weight.shape[0]), dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
-                part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
-                counted = target != IGNORED
-                target = target.masked_fill(~counted, 0)
-                logits = part @ head.T
-                if bias is not None:
-                    logits += bias.to(dtype)
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits.float() / softcap)
-                logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-                total -= logprobs.gather(1, target).mul(counted).sum()
-                if not any(wanted):
-                    continue
-                # d loss / d logits = softmax - one-hot, written over the log-probabilities; a row that does not
-                # count is left out of the small factors instead of the large one
-                grad_logits = logprobs.exp_().scatter_add_(1, target, minus_one.expand_as(target))
-                if softcap is not None:
-                    grad_logits *= 1 - (logits / softcap).square()
-                if grad_bias is not None:
-                    grad_bias += (grad_logits * counted).sum(dim=0)
-                grad_logits = grad_logits.to(dtype)
+                part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+                counted = (target != IGNORED).float()
+                target = target.masked_fill(target == IGNORED, 0)
+                e = powers[: len(part)]
+                losses, scale, slope = _exponentials(part, head, wide, target, softcap, e)
+                total += losses.mul_(counted).sum()
+                # d loss / d logits = slope * (e * scale - one-hot); what is of a row goes to the small factors, so the
+                # large one is read by the products alone
+                scale, slope = (scale * counted)[:, None], (slope * counted)[:, None]
                 if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = (grad_logits @ head).mul_(counted)
+                    grad_hidden[start : start + rows] = (e @ head).float() * scale - head[target].float() * slope
                 if grad_weight is not None:
-                    part = part * counted
+                    scaled = (part.float() * scale).to(dtype)
                     if dtype == grad_weight.dtype:
-                        grad_weight.addmm_(grad_logits.T, part)
+                        grad_weight.addmm_(e.T, scaled)
                     else:
-                        grad_weight += grad_logits.T @ part
+                        grad_weight += e.T @ scaled
+                    grad_weight.index_add_(0, target, part.float() * -slope)
+                if grad_bias is not None:
+                    grad_bias += (e.float() * scale).sum(dim=0)
+                    grad_bias.index_add_(0, target, -slope[:, 0])
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         return total
@@ -113,3 +110,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if bias is None else bias.to(ctx.weight_dtype),
             *(None,) * 4,
         )
+
+
+def _exponentials(
+    part: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, softcap: float | None, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write exp(logits - greatest) of each row into `out` (rows, vocabulary), times the slope of the cap if there is
+    one. Returns, (rows,) each: the losses, 1 / the sum of the exponentials, and the slope at the target."""
+    torch.mm(part, head.T, out=out)
+    rows = max(16, _CACHE_BYTES // (4 * head.shape[0]) // 16 * 16)
+    room = out.new_empty((min(rows, len(out)), out.shape[1]), dtype=torch.float32)
+    found = []
+    for begin in range(0, len(part), rows):
+        piece, at = out[begin : begin + rows], target[begin : begin + rows, None]
+        logits = piece if out.dtype == torch.float32 else room[: len(piece)].copy_(piece)
+        if bias is not None:
+            logits += bias
+        slope = None
+        if softcap is not None:
+            bent = torch.tanh(logits / softcap)
+            slope = 1 - bent.square()
+            torch.mul(bent, softcap, out=logits)
+        own, top = logits.gather(1, at), logits.amax(dim=1, keepdim=True)
+        e = logits.sub_(top).exp_()
+        total = e.sum(dim=1, keepdim=True)
+        losses = total.log() + top - own
+        if slope is not None:
+            e *= slope
+        if e is not piece:
+            piece.copy_(e)
+        found.append((losses, 1 / total, torch.ones_like(own) if slope is None else slope.gather(1, at)))
+    losses, scale, slopes = (torch.cat(column)[:, 0] for column in zip(*found, strict=True))
+    return losses, scale, slopes

@@ -35,9 +35,9 @@ def pretrain_layers(
         raise DataError(f"inputs must be (samples, {layers[0].in_features}), got {tuple(inputs.shape)}")
     if len(inputs) == 0 or not bool(((inputs >= 0) & (inputs <= 1)).all()):
         raise DataError("inputs must hold at least one sample and values in [0, 1]; scale them first")
-    generator = Generator().manual_seed(seed)
     history = []
     for layer in layers:
+        generator = Generator().manual_seed(seed)
         rebuilt_bias = nn.Parameter(torch.zeros(layer.in_features))
         optimiser = torch.optim.Adam([*layer.parameters(), rebuilt_bias], lr=learning_rate)
         losses = []
