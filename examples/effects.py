@@ -48,7 +48,7 @@ from gristmill.objectives.replaced_token import Electra, ReplacedToken
 from gristmill.objectives.single import SingleTerm
 from gristmill.objectives.taxonomy import Symbols, build_objective
 from gristmill.scale.fit import bootstrap, fit_power_law
-from gristmill.scale.ladder import LadderConfig, Rung, climb
+from gristmill.scale.ladder import LadderConfig, Rung, climb, held_out_loss
 from gristmill.tokens.batch import IGNORED, PackedBatch, Segment
 from gristmill.tokens.train import train_bpe
 from gristmill.train.config import TrainConfig
@@ -57,27 +57,22 @@ from gristmill.train.loop import train
 OBJECTIVES = ("causal LM", "masked LM", "span corruption", "ELECTRA")
 SENTINELS = 16
 TOKENS_PER_STEP = 2048
-LADDER: dict[str, Any] = {
-    "sizes": (16_000, 26_000, 56_000, 86_000),
-    "next": 186_000,
-    "tokens_per_parameter": 5.0,
-}
+LADDER: dict[str, Any] = {"sizes": (16_000, 26_000, 56_000, 86_000), "next": 186_000, "tokens_per_parameter": 5.0}
 LABELLED_EVERY = 16
 """Of the labelled training documents so many-th are those that the classifier learns from."""
 
 
 def measured(values: Sequence[float]) -> dict[str, Any]:
     """The mean of one value a seed and its standard error; None for what is not finite or, of one seed, not known."""
-    finite = bool(np.isfinite(values).all())
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if finite and len(values) > 1 else None
-    mean = float(np.mean(values)) if finite else None
-    return {"mean": mean, "error": error, "values": [value if np.isfinite(value) else None for value in values]}
+    finite = [float(value) if np.isfinite(value) else None for value in values]
+    known = None not in finite
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if known and len(values) > 1 else None
+    return {"mean": float(np.mean(values)) if known else None, "error": error, "values": finite}
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Token documents to train on and held out, each ending with the token `symbols.start`; the documents with a topic
-    among them, and the topic's number."""
+    """Token documents to train on and held out, each ending with `symbols.start`; those with a topic, by its number."""
 
     training: TokenList
     held_out: TokenList
@@ -102,9 +97,8 @@ class Settings:
     def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
         """A run of so many steps."""
         options = {"learning_rate": self.learning_rate, "warmup": 0.1, "precision": self.precision, **changes}
-        return TrainConfig(
-            steps=steps, seed=seed, checkpoint_every=steps, validate_every=max(1, steps // 15), **options
-        )
+        every = {"checkpoint_every": steps, "validate_every": max(1, steps // 15)}
+        return TrainConfig(steps=steps, seed=seed, **every, **options)
 
 
 class Topic(SingleTerm):
@@ -133,10 +127,9 @@ class Topic(SingleTerm):
         return found.float()
 
 
-def read(vocabulary: int, documents: int | None = None) -> Corpus:
-    """The summaries, or so many of them evenly spaced, with a byte-pair vocabulary trained on the training side."""
-    known = list(read_wikipedia_summaries(assets.get("wikipedia-summaries")))
-    sides = split(known[:: max(1, len(known) // (documents or len(known)))], 0.1)
+def read(vocabulary: int) -> Corpus:
+    """The summaries, with a byte-pair vocabulary trained on the training side."""
+    sides = split(read_wikipedia_summaries(assets.get("wikipedia-summaries")), 0.1)
     specials = ["<|end|>", "[CLS]", "[SEP]", "[MASK]", *(f"<extra_id_{number}>" for number in range(SENTINELS))]
     tokenizer = train_bpe((document.text for document in sides[0]), vocabulary, special_tokens=specials)
     end, cls, sep, mask, *sentinels = (tokenizer.backend.token_to_id(name) for name in specials)
@@ -153,24 +146,19 @@ def read(vocabulary: int, documents: int | None = None) -> Corpus:
 
 
 def run(
-    model: nn.Module, objective: Objective, loader: Any, config: TrainConfig, label: str, validation: Any = None
+    model: Any, objective: Objective, loader: Any, config: TrainConfig, label: str, checks: Any = None
 ) -> list[Any]:
     """Train in place; the records of metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
-        train(model, objective, loader, config, Path(folder), validation=validation, description=label)
+        train(model, objective, loader, config, Path(folder), validation=checks, description=label)
         model.eval()
         return [record for _, record in read_jsonl(Path(folder) / "metrics.jsonl")]
 
 
-@torch.no_grad()
-def held_out_loss(model: Transformer, source: TokenList) -> float:
+def held_out(model: Transformer, source: TokenList) -> float:
     """Nats per token of a causal model over documents, each a segment of its own (cut at the model's context)."""
-    objective, total, count = CausalLM(), 0.0, 0
     loader = PackedLoader(source, row_length=model.config.context, rows_per_batch=8, seed=0, shuffle=False)
-    for number in range(loader.batches_per_epoch):
-        loss, targets = objective.loss_sum(model, loader.batch(number))  # type: ignore[arg-type]
-        total, count = total + float(loss), count + targets
-    return total / count
+    return held_out_loss(model, loader)[0]
 
 
 def build(name: str, size: ModelConfig, symbols: Symbols) -> tuple[Objective, Any]:
@@ -200,10 +188,8 @@ def build(name: str, size: ModelConfig, symbols: Symbols) -> tuple[Objective, An
 
 def kept(model: nn.Module) -> Stack:
     """What is fine-tuned of a pretrained model: the decoder, the encoder, or ELECTRA's discriminator."""
-    if isinstance(model, Electra):
-        model = model.discriminator
-    stack = model.encoder if isinstance(model, EncoderDecoder) else getattr(model, "body", model)
-    assert isinstance(stack, Stack)
+    whole = model.discriminator if isinstance(model, Electra) else model
+    stack: Stack = whole.encoder if isinstance(whole, EncoderDecoder) else getattr(whole, "body", whole)
     return stack
 
 
@@ -255,7 +241,7 @@ def objectives(corpus: Corpus, settings: Settings) -> dict[str, Any]:
                 loader = PackedLoader(corpus.training, seed=seed, prepare=objective.prepare, **rows)
                 run(model, objective, loader, settings.training(steps, seed), f"{label}, {seed}")
             scores.append(classify(kept(model), corpus, settings, seed))
-            _tell(f"{label}, seed {seed}: {scores[-1]:.3f}")
+            print(f"{label}, seed {seed}: {scores[-1]:.3f}", file=sys.stderr)
         flops, text = (steps * each for each in costs[name])
         found[label] = {"accuracy": measured(scores), "flops": flops, "text": text}
     frequent = np.bincount([topic for _, topic in corpus.unseen]).max() / len(corpus.unseen)
@@ -286,8 +272,8 @@ def documents(corpus: Corpus, settings: Settings) -> dict[str, Any]:
             model.initialise(seed)
             loader = ExampleLoader(rows, examples_per_batch=TOKENS_PER_STEP // length, seed=seed, prepare=prepare)
             run(model, CausalLM(), loader, settings.training(steps, seed), f"{label}, {seed}")
-            losses[label].append(held_out_loss(model, corpus.held_out))
-            _tell(f"{label}, seed {seed}: {losses[label][-1]:.4f}")
+            losses[label].append(held_out(model, corpus.held_out))
+            print(f"{label}, seed {seed}: {losses[label][-1]:.4f}", file=sys.stderr)
     gain = [a - w for w, a in zip(losses["within"], losses["across"], strict=True)]
     found = {label: {"loss": measured(values)} for label, values in losses.items()}
     return {"results": found, "gain": measured(gain), "documents_per_row": len(packing.pieces) / len(packing)}
@@ -308,8 +294,8 @@ def optimisers(corpus: Corpus, settings: Settings, rates: Sequence[float] = (2e-
         steps = round(settings.tokens / (TOKENS_PER_STEP * loader.utilisation))
         config = settings.training(steps, seed, optimiser=name, learning_rate=rate)
         records = run(model, CausalLM(), loader, config, f"{name} {rate:g}, {seed}", checking)
-        loss = held_out_loss(model, corpus.held_out)
-        _tell(f"{name} {rate:g}, seed {seed}: {loss:.4f}")
+        loss = held_out(model, corpus.held_out)
+        print(f"{name} {rate:g}, seed {seed}: {loss:.4f}", file=sys.stderr)
         return loss, [(r["tokens"], r["validation_loss"]) for r in records if "validation_loss" in r]
 
     first, *others = settings.seeds
@@ -394,10 +380,6 @@ def table(study: str, found: Mapping[str, Any]) -> str:
 
 def _whole(source: TokenList) -> list[Segment]:
     return [source.piece(number, 0, length) for number, length in enumerate(source.lengths.tolist())]
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

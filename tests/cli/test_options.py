@@ -76,7 +76,7 @@ def test_the_printed_configuration_loads_back_to_the_same_object(
         "assets": ["--sha256", "0123", "--kind", "data"],
         "tokens": ["--ids", "--template", "chatml"],
         "pretrain": ["--objective", "electra", "--weights", "[0.5]", "--train.batch_growth", "[[100,2]]"],
-        "plan": ["run", "gpt2", "--hours", "2.5", "--layout.shard", "8", "--ladder.sizes", "[1,2,3]", "--json"],
+        "plan": ["run", "gpt2", "--hours", "2.5", "--parallel.shard", "8", "--ladder.sizes", "[1,2,3]", "--json"],
     }[verb]
     arguments = [*REQUIRED.get(verb, []), *given_options]
     with pytest.raises(SystemExit):

@@ -19,7 +19,7 @@ from programs import program
 
 EFFECTS = program("effects")
 SIZE = ModelConfig(
-    vocab_size=96,
+    vocab_size=512,
     hidden_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -29,11 +29,12 @@ SIZE = ModelConfig(
     max_position_embeddings=64,
 )
 MARKS = tuple(range(4, 20))
-SYMBOLS = Symbols(size=96, cls=1, sep=2, mask=3, start=0, sentinels=MARKS, sentence_ends=frozenset())
+SYMBOLS = Symbols(size=512, cls=1, sep=2, mask=3, start=0, sentinels=MARKS, sentence_ends=frozenset())
 
 
 class Counted(TorchDispatchMode):
-    """Operations by kind. Torch's own counter refuses modules that run without gradient between others with one."""
+    """Operations by kind. Torch's own counter refuses modules that run without gradient between others with one, and
+    knows no product that adds in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,25 +43,26 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        if packet in flop_registry:
-            count = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        rule = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
+        if rule is not None:
+            count = rule(*args, **(kwargs or {}), out_val=out)
             self.found[str(packet)] = self.found.get(str(packet), 0) + count
         return out
 
 
 @pytest.mark.parametrize("name", EFFECTS.OBJECTIVES)
-def test_a_step_costs_what_torch_counts_within_two_percent(name: str) -> None:
+def test_a_step_costs_what_torch_counts_within_one_percent(name: str) -> None:
     objective, model = EFFECTS.build(name, SIZE, SYMBOLS)
     model.initialise(0)
     draw = np.random.default_rng(0)
-    documents = [(draw.integers(20, 96, 62), None) for _ in range(128)]  # framed 64 long: nothing is rounded up
+    documents = [(draw.integers(20, 512, 62), None) for _ in range(128)]  # framed 64 long: nothing is rounded up
     batch = objective.prepare(documents, [(0, number) for number in range(len(documents))])
     with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
         torch.stack(list(objective.loss_sums(model, batch).values())).sum().backward()
     total = sum(counted.found.values())
     if name == "causal LM":  # the plain kernel computes the masked half too
         total -= counted.found["aten.bmm"] * 61 / 62 / 2
-    assert step_flops(model, batch) == pytest.approx(total, rel=0.02)
+    assert step_flops(model, batch) == pytest.approx(total, rel=0.01)
 
 
 def test_another_model_is_refused() -> None:

@@ -17,7 +17,6 @@ from gristmill.model.presets import published
 from gristmill.model.transformer import Transformer
 from gristmill.objectives.causal import CausalLM
 from gristmill.scale.memory import (
-    Layout,
     TrainingSettings,
     attention_memory,
     count_weights,
@@ -26,6 +25,7 @@ from gristmill.scale.memory import (
     training_memory,
 )
 from gristmill.tokens.batch import PackedBatch
+from gristmill.train.parallel.layout import Parallel
 from model.peak import peak_bytes
 
 LLAMA = ModelConfig(
@@ -145,12 +145,12 @@ def test_weights_gradients_and_optimiser_are_sixteen_bytes_a_parameter() -> None
 def test_each_degree_lowers_what_it_splits() -> None:
     config, settings = published("llama2-7b"), TrainingSettings(tokens=16384, sequence=4096, precision="bfloat16")
     whole = training_memory(config, settings)
-    sharded = training_memory(config, settings, Layout(shard=8))
+    sharded = training_memory(config, settings, Parallel(shard=8))
     assert sharded.weights == pytest.approx(whole.weights / 8, rel=1e-6)
     assert sharded.optimiser == pytest.approx(whole.optimiser / 8, rel=1e-6)
-    assert training_memory(config, settings, Layout(data=8)) == whole
+    assert training_memory(config, settings, Parallel(data=8)) == whole
     for name in ("tensor", "pipeline", "context"):
-        split = training_memory(config, settings, Layout(**{name: 4}))
+        split = training_memory(config, settings, Parallel(**{name: 4}, sequence=name == "tensor"))
         assert split.activations < 0.4 * whole.activations, name
         assert split.peak < whole.peak
         assert (split.weights < whole.weights / 3) == (name != "context")
@@ -159,12 +159,11 @@ def test_each_degree_lowers_what_it_splits() -> None:
     assert training_memory(config, dataclasses.replace(settings, loss="whole")).logits > 2 * whole.logits
 
 
-def test_experts_are_dealt_out_before_they_are_gathered() -> None:
+def test_experts_are_dealt_out() -> None:
     config, settings = published("deepseek-v3"), TrainingSettings(tokens=4096, sequence=4096, precision="bfloat16")
-    apart = training_memory(config, settings, Layout(shard=64, expert=64))
-    together = training_memory(config, settings, Layout(shard=64))
-    assert apart.weights == together.weights
-    assert apart.activations < 0.75 * together.activations
+    apart = training_memory(config, settings, Parallel(expert=64))
+    together = training_memory(config, settings, Parallel(shard=64))
+    assert together.weights < apart.weights < 0.05 * training_memory(config, settings).weights
 
 
 def test_serving_counts_weights_and_keys() -> None:
@@ -179,10 +178,11 @@ def test_serving_counts_weights_and_keys() -> None:
         (lambda: TrainingSettings(tokens=0), "tokens"),
         (lambda: TrainingSettings(tokens=8, sequence=16), "sequence"),
         (lambda: TrainingSettings(precision="bfloat61"), "Did you mean bfloat16"),
-        (lambda: Layout(shard=0), "layout.shard"),
-        (lambda: Layout(shard=4, expert=3), "layout.expert"),
-        (lambda: training_memory(LLAMA, layout=Layout(tensor=4)), "layout.tensor.*num_key_value_heads"),
-        (lambda: training_memory(LLAMA, layout=Layout(pipeline=3)), "layout.pipeline"),
+        (
+            lambda: training_memory(LLAMA, layout=Parallel(tensor=4)),
+            "parallel.tensor.*num_",
+        ),
+        (lambda: training_memory(LLAMA, layout=Parallel(pipeline=300)), "parallel.pipeline"),
         (lambda: training_memory(dataclasses.replace(LLAMA, layers=(LayerConfig(mixer="delta"),) * 4)), "delta"),
     ],
 )

@@ -10,12 +10,13 @@ import pytest
 from gristmill import cli
 from gristmill.errors import GristmillError
 from gristmill.scale.budget import Tier
-from gristmill.scale.memory import Layout, TrainingSettings
-from gristmill.scale.plan import PlanRequest, make_plan
+from gristmill.scale.memory import TrainingSettings
+from gristmill.scale.plan import PlanRequest, make_plan, model_config
+from gristmill.train.parallel.layout import Parallel
 
 
 def test_a_model_without_a_limit_is_planned_at_twenty_tokens_a_parameter() -> None:
-    facts = make_plan(PlanRequest(model="gpt2", device="h100", mfu=0.5, price=2.0), layout=Layout(shard=4))
+    facts = make_plan(PlanRequest(model="gpt2", device="h100", mfu=0.5, price=2.0), layout=Parallel(shard=4))
     assert facts["parameters"] == 124_439_808
     assert facts["tokens"] == 20 * facts["matrix_parameters"]
     assert facts["flops"] > facts["flops_6nd"] == 6 * facts["matrix_parameters"] * facts["tokens"]
@@ -40,7 +41,7 @@ def test_the_tightest_of_several_limits_binds() -> None:
 def test_hours_buy_as_many_operations_whoever_counts() -> None:
     """Time and money of the plan are the limits it was made from."""
     request = PlanRequest(model="llama2-7b", hours=100.0, dollars=1e9, price=3.0)
-    facts = make_plan(request, layout=Layout(shard=8))
+    facts = make_plan(request, layout=Parallel(shard=8))
     assert (facts["binding"], facts["seconds"]) == ("time", pytest.approx(360_000))
     assert facts["dollars"] == pytest.approx(100 * 8 * 3.0)
 
@@ -50,11 +51,11 @@ def test_advice_is_taken_from_layouts_that_do_fit() -> None:
     facts = make_plan(PlanRequest(model="llama2-7b", device="a100-80gb"), settings)
     assert not facts["fits"]
     ways = int(facts["advice"][-1].split()[1])
-    assert "--layout.shard" in facts["advice"][-1]
+    assert "--parallel.shard" in facts["advice"][-1]
     checkpointing = "checkpoint_activations" in facts["advice"][-1]
     tokens = 8192 if "tokens" in facts["advice"][-1] else 16384
     better = TrainingSettings(tokens=tokens, sequence=4096, precision="bfloat16", checkpoint_activations=checkpointing)
-    again = make_plan(PlanRequest(model="llama2-7b", device="a100-80gb"), better, Layout(shard=ways))
+    again = make_plan(PlanRequest(model="llama2-7b", device="a100-80gb"), better, Parallel(shard=ways))
     assert again["fits"]
 
 
@@ -92,7 +93,7 @@ def test_bad_requests_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_the_command_tells_the_same_figures_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "run", "gpt2", "--hours", "2", "--layout.shard", "8", "--training.precision", "bfloat16"]
+    arguments = ["plan", "run", "gpt2", "--hours", "2", "--parallel.shard", "8", "--training.precision", "bfloat16"]
     assert cli.main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["devices"], facts["binding"], facts["seconds"]) == (8, "time", pytest.approx(7200))
@@ -116,3 +117,15 @@ def test_options_of_the_other_action_are_refused(
 ) -> None:
     assert cli.main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_each_process_holds_and_sends(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "dry", "nano", "--parallel.tensor", "2", "--training.tokens", "256", "--training.sequence", "64"]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "all-reduce" in told
+    shape = model_config("nano")
+    assert f"layers.0.self_attn.o_proj.weight [{shape.hidden_size}, {shape.query_size // 2}]" in told
+    assert cli.main([*arguments, "--hours", "3"]) == 1
+    assert cli.main(["plan", "dry", "nano", "--parallel.tensor", "3"]) == 1
+    assert "must divide" in capsys.readouterr().err

@@ -50,7 +50,9 @@ def corpus() -> Any:
 
 @pytest.fixture(scope="module")
 def settings() -> Any:
-    return EFFECTS.Settings(size=SIZE, seeds=(0, 1), tokens=16_000, length=64, fine_tuning_epochs=6)
+    return EFFECTS.Settings(
+        precision="float32", size=SIZE, seeds=(0, 1), tokens=12_000, length=64, fine_tuning_epochs=4
+    )
 
 
 def test_objectives_get_the_same_compute_and_then_the_same_task(corpus: Any, settings: Any) -> None:
@@ -124,13 +126,11 @@ def test_the_ladder_tells_exponents_by_compute_and_by_inner_size(corpus: Any, tm
         out=str(tmp_path / "ladder"),
         sizes=(10_000, 16_000, 43_000),
         next=69_000,
-        tokens_per_parameter=0.3,
+        tokens_per_parameter=0.1,
         row_length=64,
-        seeds=2,
     )
     found = EFFECTS.scaling(corpus, ladder)
     assert list(found["results"]) == ["8192", "13824", "39936", "65280"]  # without embedding and head
-    assert all(len(result["loss"]["values"]) == 2 for result in found["results"].values())
     means = [result["loss"]["mean"] for result in found["results"].values()]
     assert found["forecast"]["measured"] == means[-1]
     assert set(found["exponents"]) == {"compute", "size"}

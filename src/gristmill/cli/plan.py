@@ -11,22 +11,24 @@ from typing import Any, Literal
 
 from gristmill.errors import GristmillError
 from gristmill.scale.ladder import LadderConfig
-from gristmill.scale.memory import Layout, TrainingSettings
-from gristmill.scale.plan import PlanRequest, make_plan
+from gristmill.scale.memory import TrainingSettings
+from gristmill.scale.plan import PlanRequest, make_plan, model_config
+from gristmill.train.parallel.layout import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Action:
     """The first word: fields of the class named last come first."""
 
-    action: Literal["run", "ladder"] = field(default="run", metadata={"positional": True})
-    """run tells a plan; ladder trains small models to test the law."""
+    action: Literal["run", "dry", "ladder"] = field(default="run", metadata={"positional": True})
+    """run tells a plan; dry pretends to be every process of a layout; ladder trains small models to test the law."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PlanRequest, _Action):
     """gristmill plan [run [MODEL]]: parameters, tokens, time, money and memory of a training run, and what binds.
 
+    gristmill plan dry MODEL --parallel.shard 8: shapes, bytes and traffic of each process, counted on one.
     gristmill plan ladder --ladder.data SHARDS: train small models, fit the scaling law, foretell the next, check it.
     """
 
@@ -36,7 +38,7 @@ class Config(PlanRequest, _Action):
     """Print one JSON object."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """run: what of the training decides its memory."""
-    layout: Layout = field(default_factory=Layout)
+    parallel: Parallel = field(default_factory=Parallel)
     """run: how many ways the run is split; the product is the number of devices."""
     ladder: LadderConfig = field(default_factory=LadderConfig)
     """ladder: its sizes, data and directory."""
@@ -48,17 +50,42 @@ def run(config: Config) -> int:
         return _ladder(config)
     if config.ladder != LadderConfig():
         raise GristmillError("options --ladder.* belong to: gristmill plan ladder")
+    if config.action == "dry":
+        return _dry(config)
     request = PlanRequest(**{name.name: getattr(config, name.name) for name in dataclasses.fields(PlanRequest)})
     if not request.model and not any((request.flops, request.hours, request.dollars, request.tokens)):
         raise GristmillError(
             "give a model (gristmill plan run gpt2) or a limit that chooses its size: --flops, --hours, --dollars with "
             "--price, or --tokens"
         )
-    facts = make_plan(request, config.training, config.layout)
+    facts = make_plan(request, config.training, config.parallel)
     if config.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
     else:
         _show(facts)
+    return 0
+
+
+def _dry(config: Config) -> int:
+    from gristmill.train.config import TrainConfig
+    from gristmill.train.parallel.dry_run import dry_run
+
+    known = dataclasses.replace(
+        Config(), action="dry", model=config.model, training=config.training, parallel=config.parallel
+    )
+    if config != known:
+        raise GristmillError("gristmill plan dry takes MODEL, --training.* and --parallel.* alone")
+    settings, layout = config.training, config.parallel
+    steps = TrainConfig(
+        steps=1,
+        micro_batches=settings.micro_batches * layout.shares,
+        precision=settings.precision,
+        optimiser=settings.optimiser,
+        checkpoint_activations=settings.checkpoint_activations,
+    )
+    shape = model_config(config.model)
+    found = dry_run(shape, layout, layout.processes, steps, tokens=settings.tokens, sequence=settings.sequence)
+    print("\n".join(found.lines(shapes=True)))
     return 0
 
 

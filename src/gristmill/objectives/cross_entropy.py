@@ -119,11 +119,12 @@ def _exponentials(
     one. Returns, (rows,) each: the losses, 1 / the sum of the exponentials, and the slope at the target."""
     torch.mm(part, head.T, out=out)
     rows = max(16, _CACHE_BYTES // (4 * head.shape[0]) // 16 * 16)
-    room = out.new_empty((min(rows, len(out)), out.shape[1]), dtype=torch.float32)
+    narrow = out.dtype != torch.float32
+    room = out.new_empty((min(rows, len(out)) if narrow else 0, out.shape[1]), dtype=torch.float32)
     found = []
     for begin in range(0, len(part), rows):
         piece, at = out[begin : begin + rows], target[begin : begin + rows, None]
-        logits = piece if out.dtype == torch.float32 else room[: len(piece)].copy_(piece)
+        logits = room[: len(piece)].copy_(piece) if narrow else piece
         if bias is not None:
             logits += bias
         slope = None

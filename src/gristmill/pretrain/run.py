@@ -104,9 +104,11 @@ def _world(config: PretrainConfig) -> Iterator[World]:
         yield World(config.device)
         return
     from gristmill.train.parallel.mesh import start, stop
+    from gristmill.train.parallel.pipeline import PipelineWorld
     from gristmill.train.parallel.world import DistributedWorld
 
-    world = DistributedWorld(start(config.parallel, config.device))
+    mesh = start(config.parallel, config.device)
+    world = PipelineWorld(mesh) if mesh.layout.pipeline > 1 else DistributedWorld(mesh)
     try:
         yield world
     finally:

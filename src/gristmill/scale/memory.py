@@ -10,16 +10,18 @@ Source: Korthikanti et al. 2023, section 4 (activations by part); Rajbhandari et
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gristmill.errors import GristmillError, closest
 from gristmill.model.accounting import flops_per_token, kv_bytes, state_bytes
 from gristmill.model.config import ModelConfig
+from gristmill.train.parallel.layout import Parallel
 
 Optimiser = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 Precision = Literal["float32", "bfloat16", "pure_bfloat16", "float16"]
-_CHUNK_ROWS, _CHUNK_BYTES = 1024, 1 << 28  # those of gristmill.objectives.cross_entropy
+_CHUNK_ROWS, _CHUNK_BYTES, _CACHE_BYTES = 1024, 1 << 28, 1 << 24  # those of gristmill.objectives.cross_entropy
+ONE_PROCESS = Parallel()
 _FLOAT = 4
 
 
@@ -60,56 +62,6 @@ class TrainingSettings:
             value, known = getattr(self, name), get_args(kinds)
             if value not in known:
                 raise GristmillError(f"{name} must be one of {', '.join(known)}, got {value!r}.{closest(value, known)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How many ways a run is split. Raises GristmillError naming a degree below 1.
-
-    `tensor` splits the matrices of a block and, between them, its tokens (sequence parallelism).
-    """
-
-    data: int = 1
-    """Whole replicas."""
-    shard: int = 1
-    """Ways that weights, gradients and optimiser states are sharded (FSDP); each shard reads data of its own."""
-    tensor: int = 1
-    """Ways that every matrix is split."""
-    pipeline: int = 1
-    """Stages of layers, one micro-batch after the other (1F1B)."""
-    context: int = 1
-    """Ways that a sequence is split."""
-    expert: int = 1
-    """Ways that experts are dealt out, over the same devices as `shard`; must divide it."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise GristmillError(f"layout.{field.name} must be at least 1, got {getattr(self, field.name)}")
-        if self.shard % self.expert:
-            raise GristmillError(f"layout.expert ({self.expert}) must divide layout.shard ({self.shard})")
-
-    @property
-    def devices(self) -> int:
-        """Devices in all."""
-        return self.data * self.shard * self.tensor * self.pipeline * self.context
-
-    @property
-    def replicas(self) -> int:
-        """How many micro-batches are worked on at once."""
-        return self.data * self.shard
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise GristmillError, naming both, for a degree that does not divide what it splits."""
-        moe = config.feed_forward.moe
-        divided = {
-            "tensor": (self.tensor, config.num_key_value_heads, "num_key_value_heads"),
-            "pipeline": (self.pipeline, config.num_hidden_layers, "num_hidden_layers"),
-            "expert": (self.expert, 1 if moe is None else moe.num_experts, "num_experts"),
-        }
-        for name, (degree, whole, what) in divided.items():
-            if whole % degree:
-                raise GristmillError(f"layout.{name} ({degree}) must divide {what} ({whole})")
 
 
 @dataclass(frozen=True)
@@ -176,14 +128,14 @@ def count_weights(config: ModelConfig) -> WeightCounts:
 
 
 def training_memory(
-    config: ModelConfig, settings: TrainingSettings = TrainingSettings(), layout: Layout = Layout()
+    config: ModelConfig, settings: TrainingSettings = TrainingSettings(), layout: Parallel = ONE_PROCESS
 ) -> MemoryPlan:
     """Peak memory of one training step of next-token prediction on the fullest device of a layout.
 
     Raises GristmillError for a layout that does not fit the model, recurrent layers or cross-attention (what those keep
     for the backward pass is not counted here).
     """
-    layout.check(config)
+    layout.check_model(config)
     counts = count_weights(config)
     stored = _on_device(counts, layout)
     wide = _wide(settings)
@@ -195,6 +147,10 @@ def training_memory(
     layer_bytes, block_input = _layer_bytes(config, settings), wide * config.hidden_size
     here = math.ceil(config.num_hidden_layers / layout.pipeline)
     in_flight = min(layout.pipeline, settings.micro_batches) * here
+    if layout.tensor > 1 and not layout.sequence:  # what stands between the products is whole on each process
+        between = 2 * _norm_bytes(config, settings) + 2 * block_input
+        layer_bytes += (layout.tensor - 1) * between
+        block_input *= layout.tensor
     ends = tokens * (_norm_bytes(config, settings) + 16)  # final norm, token ids and positions
     kept = block_input if settings.checkpoint_activations else layer_bytes
     activations = math.ceil(in_flight * tokens * kept + ends + gathered)
@@ -269,12 +225,13 @@ def _own(settings: TrainingSettings) -> int:
     return _wide(settings) if settings.device == "cpu" else _value(settings)
 
 
-def _on_device(counts: WeightCounts, layout: Layout) -> int:
+def _on_device(counts: WeightCounts, layout: Parallel) -> int:
     """Weights on the fullest device before sharding. Stages hold the embedding or the head, a tied one both."""
     ends = counts.embedding + counts.head
     if layout.pipeline > 1:
         ends = max(counts.embedding, counts.head)
-    return math.ceil((counts.blocks / layout.pipeline + ends) / layout.tensor)
+    blocks = counts.blocks - counts.experts + counts.experts / layout.expert
+    return math.ceil((blocks / layout.pipeline + ends) / layout.tensor)
 
 
 def _optimiser_values(counts: WeightCounts, optimiser: Optimiser) -> int:
@@ -287,18 +244,18 @@ def _optimiser_values(counts: WeightCounts, optimiser: Optimiser) -> int:
     }[optimiser]
 
 
-def _step_work(counts: WeightCounts, settings: TrainingSettings, layout: Layout) -> int:
+def _step_work(counts: WeightCounts, settings: TrainingSettings, layout: Parallel) -> int:
     """Copies of the widest matrix that an update makes; the fused AdamW makes none."""
     copies = {"adamw": 0, "muon": 4, "lion": 1, "adafactor": 2, "sgd": 0}[settings.optimiser]
     return math.ceil(copies * _wide(settings) * counts.widest / (layout.tensor * layout.shard))
 
 
-def _gathered(config: ModelConfig, counts: WeightCounts, settings: TrainingSettings, layout: Layout) -> float:
+def _gathered(config: ModelConfig, counts: WeightCounts, settings: TrainingSettings, layout: Parallel) -> float:
     """Weights in the form products read: of the layers at work when they are sharded, else cast ones of all layers."""
     value = _value(settings)
     if layout.shard == 1:
         return 0.0 if value == _wide(settings) else value * counts.matrices / (layout.tensor * layout.pipeline)
-    layer = (counts.blocks - counts.experts + counts.experts / layout.expert) / config.num_hidden_layers
+    layer = counts.blocks / config.num_hidden_layers
     root = max(counts.embedding, counts.head) if layout.pipeline > 1 else counts.embedding + counts.head
     return value * (3 * layer + root) / layout.tensor  # a layer, the next one fetched ahead, and a layer's gradients
 
@@ -366,7 +323,7 @@ def _layer_work(config: ModelConfig, settings: TrainingSettings) -> float:
     return work
 
 
-def _loss_bytes(config: ModelConfig, settings: TrainingSettings, layout: Layout, tokens: int) -> tuple[int, int]:
+def _loss_bytes(config: ModelConfig, settings: TrainingSettings, layout: Parallel, tokens: int) -> tuple[int, int]:
     """While the loss is computed: logits and the gradients made with them; and afterwards: the head's gradient."""
     if not config.causal:
         return 0, 0  # an encoder's head is no part of its configuration
@@ -377,14 +334,14 @@ def _loss_bytes(config: ModelConfig, settings: TrainingSettings, layout: Layout,
     if settings.loss == "whole":
         return (3 + capped) * _FLOAT * tokens * vocabulary, _wide(settings) * head
     rows = min(tokens, _CHUNK_ROWS, max(1, _CHUNK_BYTES // (_FLOAT * config.vocab_size)))
-    # logits, their float32 copy and log-probabilities, beside what is left of the chunk before
-    made, left = (8, 4) if value == _FLOAT else (10, 6)
-    chunk = rows * vocabulary * (made + left * (tokens > rows) + capped * _FLOAT)
+    at_once = min(rows, max(16, _CACHE_BYTES // (_FLOAT * vocabulary) // 16 * 16))
+    wide = (value != _FLOAT) + capped  # float32 copies of what is exponentiated at once
+    chunk = vocabulary * (rows * value + at_once * wide * _FLOAT)
     cast = 0 if value == _FLOAT else (2 if _wide(settings) == _FLOAT else 1) * value * head
     return chunk + states + _FLOAT * head + cast, _FLOAT * head
 
 
-def _embedding_gradient(config: ModelConfig, settings: TrainingSettings, layout: Layout) -> int:
+def _embedding_gradient(config: ModelConfig, settings: TrainingSettings, layout: Parallel) -> int:
     """A tied embedding's gradient stands beside the head's until the two are added."""
     tied = config.causal and config.tie_word_embeddings
     return _wide(settings) * config.vocab_size * config.hidden_size // layout.tensor * tied

@@ -20,7 +20,6 @@ from gristmill.scale.compute import TOKENS_PER_PARAMETER, Allocation, compute_op
 from gristmill.scale.devices import MFU, Device, device
 from gristmill.scale.laws import CHINCHILLA
 from gristmill.scale.memory import (
-    Layout,
     MemoryPlan,
     TrainingSettings,
     count_weights,
@@ -29,6 +28,7 @@ from gristmill.scale.memory import (
     training_memory,
 )
 from gristmill.scale.shapes import shape_for
+from gristmill.train.parallel.layout import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +117,16 @@ def model_config(name: str) -> ModelConfig:
 
 
 def make_plan(
-    request: PlanRequest, settings: TrainingSettings | None = None, layout: Layout | None = None
+    request: PlanRequest, settings: TrainingSettings | None = None, layout: Parallel | None = None
 ) -> dict[str, Any]:
     """All figures of the plan by name, ready for JSON; sizes in bytes, times in seconds.
 
     Raises GristmillError for what does not fit together, and when neither a model nor a limit is given.
     """
-    settings, layout = settings or TrainingSettings(), layout or Layout()
+    settings, layout = settings or TrainingSettings(), layout or Parallel()
     hardware = request.hardware
     config = model_config(request.model) if request.model else None
-    speed = layout.devices * hardware.flops * request.mfu
+    speed = layout.processes * hardware.flops * request.mfu
     facts: dict[str, Any] = {}
     if request.tiers:
         choice = _bought(request, hardware, speed, facts)
@@ -139,7 +139,7 @@ def make_plan(
     flops = training_flops(config, settings, allocation.tokens)
     seconds = flops / speed
     optimal = compute_optimal(allocation.flops)
-    step = settings.tokens * settings.micro_batches * layout.replicas
+    step = settings.tokens * settings.micro_batches * layout.shares
     facts = {
         "model": request.model or "the nearest shape of the size chosen",
         "layers": config.num_hidden_layers,
@@ -155,11 +155,11 @@ def make_plan(
         "flops": flops,
         "flops_6nd": allocation.flops,
         "device": hardware.name,
-        "devices": layout.devices,
+        "devices": layout.processes,
         "mfu": request.mfu,
         "seconds": seconds,
-        "device_hours": seconds * layout.devices / 3600,
-        "dollars": None if request.price is None else seconds * layout.devices / 3600 * request.price,
+        "device_hours": seconds * layout.processes / 3600,
+        "dollars": None if request.price is None else seconds * layout.processes / 3600 * request.price,
         "chinchilla_loss": CHINCHILLA(allocation.parameters, allocation.tokens),
         "chinchilla_optimal": {**_pair(optimal), "loss": optimal.loss},
         "memory": memory.parts(),
@@ -177,7 +177,7 @@ def make_plan(
     return facts
 
 
-def advice(config: ModelConfig, settings: TrainingSettings, layout: Layout, memory: float) -> list[str]:
+def advice(config: ModelConfig, settings: TrainingSettings, layout: Parallel, memory: float) -> list[str]:
     """Changes, each alone, with which the step would fit in `memory` bytes; more of them together when none does."""
     half = max(settings.sequence, settings.tokens // 2)
     halved = {"tokens": half, "micro_batches": settings.micro_batches * max(1, settings.tokens // half)}
@@ -191,7 +191,7 @@ def advice(config: ModelConfig, settings: TrainingSettings, layout: Layout, memo
     }
     least = dataclasses.replace(settings, **{key: value for change in single.values() for key, value in change.items()})
 
-    def peak(settings: TrainingSettings, layout: Layout) -> MemoryPlan:
+    def peak(settings: TrainingSettings, layout: Parallel) -> MemoryPlan:
         return training_memory(config, settings, layout)
 
     found = [
@@ -205,7 +205,7 @@ def advice(config: ModelConfig, settings: TrainingSettings, layout: Layout, memo
         wider = dataclasses.replace(layout, shard=layout.shard * ways)
         for these, options in ((settings, ""), (least, " ".join(["", *single]))):
             if peak(these, wider).peak <= memory:
-                return [*found, f"--layout.shard {wider.shard}{options}"]
+                return [*found, f"--parallel.shard {wider.shard}{options}"]
     return found
 
 
@@ -241,7 +241,7 @@ def _bought(request: PlanRequest, hardware: Device, speed: float, facts: dict[st
 
 
 def _chosen(
-    request: PlanRequest, settings: TrainingSettings, speed: float, config: ModelConfig | None, layout: Layout
+    request: PlanRequest, settings: TrainingSettings, speed: float, config: ModelConfig | None, layout: Parallel
 ) -> Choice:
     compute = {}
     if request.flops is not None:
@@ -249,7 +249,7 @@ def _chosen(
     if request.hours is not None:
         compute["time"] = request.hours * 3600 * speed
     if request.dollars is not None and request.price is not None:
-        compute["money"] = request.dollars / request.price * 3600 * speed / layout.devices
+        compute["money"] = request.dollars / request.price * 3600 * speed / layout.processes
     data = None if request.unique_tokens is None else request.unique_tokens * request.epochs
     if request.tokens is not None:
         data = request.tokens if data is None else min(data, request.tokens)

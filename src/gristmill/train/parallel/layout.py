@@ -53,6 +53,11 @@ class Parallel:
         return tuple(getattr(self, name) for name in DIMENSIONS)
 
     @property
+    def processes(self) -> int:
+        """Processes in all."""
+        return math.prod(self.sizes)
+
+    @property
     def shares(self) -> int:
         """Into how many shares the batches of a step are dealt."""
         return math.prod((self.data or 1, self.expert, self.shard))
