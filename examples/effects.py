@@ -53,12 +53,19 @@ from gristmill.tokens.batch import IGNORED, PackedBatch, Segment
 from gristmill.tokens.train import train_bpe
 from gristmill.train.config import TrainConfig
 from gristmill.train.loop import train
+from gristmill.train.optimisers import OptimiserName
 
 OBJECTIVES = ("causal LM", "masked LM", "span corruption", "ELECTRA")
+CONTROLS = {"random weights, causal": "causal LM", "random weights, both ways": "masked LM"}
 SENTINELS = 16
 TOKENS_PER_STEP = 2048
-LADDER: dict[str, Any] = {"sizes": (16_000, 26_000, 56_000, 86_000), "next": 186_000, "tokens_per_parameter": 5.0}
-LABELLED_EVERY = 16
+LADDER: dict[str, Any] = {
+    "sizes": (16_000, 26_000, 56_000, 86_000),
+    "next": 186_000,
+    "tokens_per_parameter": 10.0,
+    "rows_per_batch": 4,
+}
+LABELLED_EVERY = 32
 """Of the labelled training documents so many-th are those that the classifier learns from."""
 
 
@@ -89,16 +96,17 @@ class Settings:
     size: ModelConfig
     seeds: Sequence[int]
     tokens: int
+    optimiser: OptimiserName = "muon"
     learning_rate: float = 5e-3
     length: int = 128
-    fine_tuning_epochs: int = 3
+    fine_tuning_epochs: int = 4
     precision: Any = "bfloat16"
 
     def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
         """A run of so many steps."""
-        options = {"learning_rate": self.learning_rate, "warmup": 0.1, "precision": self.precision, **changes}
-        every = {"checkpoint_every": steps, "validate_every": max(1, steps // 15)}
-        return TrainConfig(steps=steps, seed=seed, **every, **options)
+        chosen: dict[str, Any] = {"optimiser": self.optimiser, "learning_rate": self.learning_rate, **changes}
+        every: dict[str, Any] = {"checkpoint_every": steps, "validate_every": max(1, steps // 15)}
+        return TrainConfig(steps=steps, seed=seed, warmup=0.1, precision=self.precision, **every, **chosen)
 
 
 class Topic(SingleTerm):
@@ -203,7 +211,8 @@ def classify(body: Stack, corpus: Corpus, settings: Settings, seed: int) -> floa
     cut = [(ids[: settings.length], topic) for ids, topic in corpus.labelled]
     loader = ExampleLoader(cut, examples_per_batch=16, seed=seed, prepare=objective.prepare)
     steps = settings.fine_tuning_epochs * loader.batches_per_epoch
-    run(model, objective, loader, settings.training(steps, seed, learning_rate=1e-3), "fine-tuning")
+    tuning = settings.training(steps, seed, optimiser="adamw", learning_rate=1e-3)
+    run(model, objective, loader, tuning, "fine-tuning")
     right = 0
     for start in range(0, len(corpus.unseen), 64):
         some = [(ids[: settings.length], topic) for ids, topic in corpus.unseen[start : start + 64]]
@@ -213,10 +222,10 @@ def classify(body: Stack, corpus: Corpus, settings: Settings, seed: int) -> floa
     return right / len(corpus.unseen)
 
 
-def objectives(corpus: Corpus, settings: Settings) -> dict[str, Any]:
+def objectives(corpus: Corpus, settings: Settings, names: Sequence[str] = (*OBJECTIVES, *CONTROLS)) -> dict[str, Any]:
     """Accuracy of the classification after each objective at equal compute, and from random weights."""
 
-    rows = {"row_length": settings.length, "rows_per_batch": TOKENS_PER_STEP // settings.length}
+    rows: dict[str, Any] = {"row_length": settings.length, "rows_per_batch": TOKENS_PER_STEP // settings.length}
 
     def cost(name: str) -> tuple[float, float]:
         """FLOPs and corpus tokens of a step, the mean of some."""
@@ -230,9 +239,9 @@ def objectives(corpus: Corpus, settings: Settings) -> dict[str, Any]:
     costs = {name: cost(name) for name in OBJECTIVES}
     budget = costs["causal LM"][0] / costs["causal LM"][1] * settings.tokens
     found: dict[str, Any] = {}
-    controls = (("random weights, causal", "causal LM"), ("random weights, both ways", "masked LM"))
-    for label, name in (*((name, name) for name in OBJECTIVES), *controls):
-        steps = round(budget / costs[name][0]) if label == name else 0
+    for label in names:
+        name = CONTROLS.get(label, label)
+        steps = 0 if label in CONTROLS else round(budget / costs[name][0])
         scores = []
         for seed in settings.seeds:
             objective, model = build(name, settings.size, corpus.symbols)
@@ -282,7 +291,7 @@ def documents(corpus: Corpus, settings: Settings) -> dict[str, Any]:
 def optimisers(corpus: Corpus, settings: Settings, rates: Sequence[float] = (2e-3, 5e-3, 1.25e-2)) -> dict[str, Any]:
     """Held-out loss of Muon and AdamW at equal tokens, each at the rate that was best with the first seed; and after
     how many tokens Muon has the loss that AdamW ends with."""
-    rows = {"row_length": 256, "rows_per_batch": TOKENS_PER_STEP // 256}
+    rows: dict[str, Any] = {"row_length": 256, "rows_per_batch": TOKENS_PER_STEP // 256}
     some = TokenList(_whole(corpus.held_out)[:50], vocab_size=corpus.held_out.vocab_size)
     checking = PackedLoader(some, row_length=256, rows_per_batch=8, seed=0, shuffle=False)
 
@@ -330,8 +339,8 @@ def scaling(corpus: Corpus, config: LadderConfig) -> dict[str, Any]:
     for part, source in (("data", corpus.training), ("held_out", corpus.held_out)):
         directory = Path(getattr(config, part))
         if not directory.exists():
-            facts = {"vocab_size": source.vocab_size, "tokenizer_hash": "effects", "eos_token_id": corpus.symbols.start}
-            write_shards(_whole(source), directory, **facts)
+            ids: dict[str, int] = {"vocab_size": source.vocab_size, "eos_token_id": corpus.symbols.start}
+            write_shards(_whole(source), directory, tokenizer_hash="effects", **ids)
     ladder = climb(config)
 
     def inner(rung: Rung) -> int:
@@ -386,15 +395,16 @@ def main() -> None:
     """Parse the options, run one study, print its table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("objectives", "documents", "optimisers", "scaling"))
-    parser.add_argument("--tokens", type=int, default=250_000, help="of a run of a causal model (default 250000)")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of a run of a causal model (default 300000)")
     parser.add_argument("--seeds", type=int, default=3, help="(default 3)")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="of AdamW (default 0.005)")
+    parser.add_argument("--optimiser", choices=("adamw", "muon"), default="muon", help="(default muon)")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="(default 0.005)")
     parser.add_argument("--out", type=Path, default=Path("runs/effects"), help="where the ladder lives")
     options = parser.parse_args()
-    seeds, rate = tuple(range(options.seeds)), options.learning_rate
-    settings = Settings(size=preset("nano"), seeds=seeds, tokens=options.tokens, learning_rate=rate)
+    chosen = {name: getattr(options, name) for name in ("tokens", "optimiser", "learning_rate")}
+    settings = Settings(size=preset("nano"), seeds=tuple(range(options.seeds)), **chosen)
     if options.study == "scaling":
-        folders = {name: str(options.out / name) for name in ("data", "held_out")}
+        folders: dict[str, Any] = {name: str(options.out / name) for name in ("data", "held_out")}
         ladder = LadderConfig(**folders, out=str(options.out / "ladder"), seeds=options.seeds, **LADDER)
         found = scaling(read(512), ladder)
     else:

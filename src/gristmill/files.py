@@ -5,6 +5,7 @@ the sibling is removed and the old file stays as it was.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -80,6 +81,25 @@ def remove_leftovers(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the directory of a run: two processes in it would overwrite each other. What killed ones left half-written
+    there, and in the folders in it, is removed. Raises GristmillError when it is held or cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / ".lock").open("w")
+    except OSError as error:
+        raise GristmillError(f"{directory}: cannot be used as a run directory ({error.strerror})") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise GristmillError(f"{directory}: another process is running here") from error
+        for place in (directory, *filter(Path.is_dir, list(directory.iterdir()))):
+            remove_leftovers(place)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

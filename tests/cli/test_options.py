@@ -143,6 +143,39 @@ def test_an_unknown_key_in_the_file_is_named_and_code_2(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--train.lerning_rate", "1"], "Did you mean train.learning_rate"),
+        (["--objectiv", "causal"], "Did you mean objective"),  # nor is it taken for an abbreviation
+        (["--objective", "casual"], "got casual. Did you mean causal"),
+        (["--data", "b.txt"], "--data is given 2 times: write --data [a,b]"),
+    ],
+)
+def test_what_is_near_a_wrong_option_is_told_in_one_line(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["pretrain", *REQUIRED["pretrain"], *words])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_the_closest_key_of_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: a.txt\ntrain:\n  lerning_rate: 1\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "d", "--config", str(file)])
+    assert "Did you mean train.learning_rate" in capsys.readouterr().err
+
+
+def test_a_switch_of_a_group_needs_no_value_either() -> None:
+    found = parse(config_of("pretrain"), "pretrain", [*REQUIRED["pretrain"], "--watch.mfu", "--train.compile", "false"])
+    assert (found.watch.mfu, found.train.compile) == (True, False)
+
+
+@pytest.mark.parametrize(
     ("words", "chat", "prompt"),
     [
         (["m", "--chat", "--prompt", "x"], True, "x"),

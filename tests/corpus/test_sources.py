@@ -39,7 +39,7 @@ def test_reads_jsonl_with_ids_and_metadata(corpus):
     [
         (
             b'{"text": "fine"}\n{"title": "t", "body": "longer"}\n',
-            r'news.jsonl line 2: field "text" is missing \(found: title, body\). Use --text-field body, or --on-error',
+            r'news.jsonl line 2: field "text" is missing \(found: title, body\). Use --text_field body, or --on_error',
         ),
         (b'{"text": "fine"}\n{"text": 3}\n', r'line 2: field "text" must be a string, found a number'),
         (b'{"text": "fine"}\n{"text": "cut\n', r"news.jsonl line 2, column \d+: not JSON"),

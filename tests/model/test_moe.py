@@ -168,8 +168,10 @@ def test_statistics_are_kept_per_layer_and_only_inside_the_context() -> None:
 
 
 def test_balancing_loss_is_least_when_all_experts_are_used_alike() -> None:
-    even = Routing(torch.full((8, 4), 0.25), torch.ones(8, 2), torch.arange(16).view(8, 2) % 4)
-    skewed = Routing(torch.eye(4)[torch.zeros(8, dtype=torch.long)], torch.ones(8, 1), torch.zeros(8, 1).long())
+    even = Routing(torch.full((8, 4), 0.25), torch.ones(8, 2), torch.arange(16).view(8, 2) % 4, torch.zeros(8, 4))
+    skewed = Routing(
+        torch.eye(4)[torch.zeros(8, dtype=torch.long)], torch.ones(8, 1), torch.zeros(8, 1).long(), torch.zeros(8, 4)
+    )
     for routing, expected in ((even, 2.0), (skewed, 4.0)):
         with collect_router_stats(nn.Identity()) as stats:
             pass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,14 +14,26 @@ import pytest
 import torch
 
 from gristmill import cli
+from gristmill.cli.options import parse
+from gristmill.corpus.loader import ExampleLoader
 from gristmill.corpus.shards import write_shards
 from gristmill.errors import CheckpointError, DataError, GristmillError
+from gristmill.files import exclusive
+from gristmill.model.accounting import flops_per_token
 from gristmill.model.load import load_any
 from gristmill.pretrain import run
-from gristmill.pretrain.config import ENCODER, ENCODER_DECODER, ObjectiveName, PretrainConfig, WatchConfig
+from gristmill.pretrain.config import (
+    ENCODER,
+    ENCODER_DECODER,
+    ObjectiveName,
+    PretrainConfig,
+    Training,
+    WatchConfig,
+)
+from gristmill.pretrain.data import prepare_tokenizer
+from gristmill.pretrain.recipes import build
 from gristmill.pretrain.run import pretrain
 from gristmill.tokens.tokenizer import Tokenizer
-from gristmill.train.config import TrainConfig
 from gristmill.train.metrics import read_metrics
 from gristmill.train.parallel.layout import Parallel
 
@@ -45,7 +59,7 @@ WORDS = [
     "the",
     "sacks",
 ]
-TRAIN = TrainConfig(steps=2, validate_every=1, checkpoint_every=1)
+TRAIN = Training(steps=2, validate_every=1, checkpoint_every=1)
 
 
 @pytest.fixture(scope="session")
@@ -145,10 +159,113 @@ def test_what_is_watched_is_recorded(tmp_path: Path, text: Path) -> None:
     assert "arithmetic" in (tmp_path / "report.md").read_text()
 
 
-def test_a_run_with_other_options_is_refused(tmp_path: Path, text: Path) -> None:
+def test_the_speed_of_two_models_at_once_counts_both(tmp_path: Path, text: Path) -> None:
+    watched = config(tmp_path, text, objective="electra", watch=WatchConfig(mfu=True))
+    tokenizer = prepare_tokenizer(watched)
+    recipe = build(watched, tokenizer)
+    examples = [([*range(5, 45)], None)] * 20
+    loader = ExampleLoader(examples, examples_per_batch=20, seed=0, prepare=recipe.objective.prepare)
+    monitor: Any = run._callbacks(watched, tokenizer, recipe, loader)[0]
+    both = flops_per_token(recipe.model.discriminator.config, 42) + flops_per_token(recipe.model.generator.config, 42)
+    assert both < monitor.flops_per_token < 1.5 * both  # the heads come on top
+
+
+def test_the_speed_of_an_encoder_with_a_decoder_is_known(tmp_path: Path, text: Path) -> None:
+    pretrain(config(tmp_path, text, objective="span_corruption", watch=WatchConfig(mfu=True)))
+    assert all(record["mfu"] > 0 for record in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_a_run_with_other_options_is_refused_and_they_are_named(tmp_path: Path, text: Path) -> None:
     pretrain(config(tmp_path, text))
-    with pytest.raises(CheckpointError, match="other settings"):
+    with pytest.raises(CheckpointError, match=r"other settings \(train.learning_rate: 0.001 there, 0.5 now\)"):
         pretrain(config(tmp_path, text, train=replace(TRAIN, learning_rate=0.5)))
+    with pytest.raises(CheckpointError, match="vocab_size: 400 there, 300 now"):
+        pretrain(config(tmp_path, text, vocab_size=300))
+
+
+def test_what_does_not_decide_the_weights_may_change_on_the_way(tmp_path: Path, text: Path) -> None:
+    pretrain(config(tmp_path, text))
+    train = replace(TRAIN, checkpoint_every=5, validate_every=7, keep_checkpoints=3)
+    done = pretrain(config(tmp_path, text, train=train, watch=WatchConfig(every=3)))
+    assert done.position.step == 2
+    assert cli.main(["pretrain", "--config", str(tmp_path / "settings.json")]) == 0
+
+
+def test_other_data_are_refused_and_those_of_the_run_stay(tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "own.txt"
+    source.write_text(text.read_text())
+    pretrain(config(tmp_path / "run", source))
+    index = (tmp_path / "run" / "tokens" / "00" / "train" / "index.json").read_text()
+    source.write_text(text.read_text() + "\n\nOne paragraph more.")
+    with pytest.raises(CheckpointError, match=r"own\.txt gives other tokens than those"):
+        pretrain(config(tmp_path / "run", source))
+    assert (tmp_path / "run" / "tokens" / "00" / "train" / "index.json").read_text() == index
+    source.write_text(text.read_text())  # with another time
+    assert pretrain(config(tmp_path / "run", source)).position.step == 2
+
+
+def test_a_tokenizer_on_which_nothing_hangs_yet_is_made_anew(tmp_path: Path, text: Path) -> None:
+    first = prepare_tokenizer(config(tmp_path, text))
+    assert first.id_of("[MASK]") is None
+    second = prepare_tokenizer(config(tmp_path, text, objective="masked", vocab_size=300))
+    assert second.id_of("[MASK]") is not None
+    assert second.vocab_size <= 300
+
+
+def test_shards_that_a_run_left_bring_their_held_out_part(tmp_path: Path, text: Path) -> None:
+    first = pretrain(config(tmp_path / "first", text))
+    left = tmp_path / "first" / "tokens" / "00"
+    pretrain(config(tmp_path / "second", left, tokenizer=str(first.model)))
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("first", "second"))
+    assert [record["validation_loss"] for record in ours] == [record["validation_loss"] for record in theirs]
+
+
+def test_the_field_of_the_text_and_what_to_do_about_broken_lines_are_options(tmp_path: Path) -> None:
+    source = tmp_path / "pages.jsonl"
+    lines = [json.dumps({"title": "x", "body": f"Page {number} of the book of the mill."}) for number in range(200)]
+    source.write_text("\n".join([*lines, '{"body": 3']))
+    with pytest.raises(DataError, match=r"line 1: .*Use --text_field body, or --on_error skip"):
+        pretrain(config(tmp_path / "run", source))
+    with pytest.raises(DataError, match="line 201"):
+        pretrain(config(tmp_path / "run", source, text_field="body"))
+    pretrain(config(tmp_path / "run", source, text_field="body", on_error="skip"))
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+def test_a_length_in_steps_needs_no_word_about_tokens(tmp_path: Path, text: Path) -> None:
+    words = [str(tmp_path), "--data", str(text)]
+    assert parse(PretrainConfig, "pretrain", [*words, "--train.steps", "3"]).train.tokens is None
+    assert parse(PretrainConfig, "pretrain", words).train.tokens == 2_000_000
+    with pytest.raises(GristmillError, match="tokens or steps"):
+        parse(PretrainConfig, "pretrain", [*words, "--train.steps", "3", "--train.tokens", "9"])
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, text: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(GristmillError, match="another process is running here"):
+        pretrain(config(tmp_path, text))
+
+
+def test_processes_that_would_all_do_the_same_are_refused(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GristmillError, match=r"--parallel\.data null"):
+        pretrain(config(tmp_path, text))
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_two_processes_of_torchrun_learn_what_one_does(tmp_path: Path, text: Path) -> None:
+    """The verb as docs/scale-out.md starts it, with the objective whose model is two."""
+    train = replace(TRAIN, micro_batches=2)
+    pretrain(config(tmp_path / "one", text, objective="electra", train=train))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
+    words += ["-m", "gristmill", "pretrain", "--config", str(tmp_path / "one" / "settings.json")]
+    words += [str(tmp_path / "two"), "--parallel.shard", "2"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
+    assert load_any(tmp_path / "two") is not None
 
 
 @pytest.mark.parametrize(
@@ -157,6 +274,9 @@ def test_a_run_with_other_options_is_refused(tmp_path: Path, text: Path) -> None
         ({"data": "no-such-file"}, "no-such-file is neither a file"),
         ({"model": "gpt2", "row_length": 2000}, "context of 1024: set row_length to 1024"),
         ({"model": "gpt2", "objective": "masked"}, "takes a preset"),
+        ({"model": "smal"}, "Did you mean small"),
+        ({"model": "bert-base"}, "bert-base is an encoder"),
+        ({"data": "a.txt,b.txt"}, r"Several are written \[a,b\]"),
         ({"held_out": 1e-9}, "too few documents to hold out"),
         ({"device": "cuda"}, "no CUDA device"),
     ],
@@ -176,6 +296,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path, text: Path, changes: dict[st
         ({"objective": "casual"}, "Did you mean causal"),
         ({"held_out": 0.0}, "held_out"),
         ({"workers": -1}, "workers"),
+        ({"seed": -1}, "seed"),
+        ({"device": "gpu"}, "device must be one of cpu, cuda"),
+        ({"objective": "masked", "watch": WatchConfig(probes=True)}, "watch.probes asks a decoder"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path: Path, text: Path, changes: dict[str, Any], message: str) -> None:
@@ -200,7 +323,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, text: Path) -> 
     write_shards([([1, 2, 3], None)], tmp_path / "shards", vocab_size=400, tokenizer_hash="other", eos_token_id=0)
     with pytest.raises(DataError, match="another tokenizer"):
         pretrain(config(tmp_path / "run", tmp_path / "shards", tokenizer=str(done.model)))
-    with pytest.raises(DataError, match="give the tokenizer"):
+    with pytest.raises(DataError, match="give --tokenizer"):
         pretrain(config(tmp_path / "run", tmp_path / "shards"))
 
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("rensa")
 pytest.importorskip("matplotlib")
 
-from gristmill.quickstart.run import exclusive
+from gristmill.files import exclusive
 from gristmill.train.metrics import read_metrics
 from processes import finish, start
 from quickstart.toy import STAGES, arguments, toy_main, write_corpus

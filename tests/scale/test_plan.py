@@ -120,7 +120,17 @@ def test_options_of_the_other_action_are_refused(
 
 
 def test_a_dry_run_tells_what_each_process_holds_and_sends(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "dry", "nano", "--parallel.tensor", "2", "--training.tokens", "256", "--training.sequence", "64"]
+    arguments = [
+        "plan",
+        "dry",
+        "nano",
+        "--parallel.tensor",
+        "2",
+        "--training.tokens",
+        "256",
+        "--training.sequence",
+        "64",
+    ]
     assert cli.main(arguments) == 0
     told = capsys.readouterr().out
     assert "all-reduce" in told

@@ -148,7 +148,9 @@ def test_decides_as_torch_and_as_the_rule_says(gradients: list[float]) -> None:
     for gradient in gradients:
         precision.scale((model.weight * gradient).sum()).backward()
         precision.unscale(optimiser)
-        assert precision.expects(model.weight.grad.item()) == (not math.isfinite(gradient))  # type: ignore[union-attr]
+        assert model.weight.grad is not None
+        assert precision.expects(1.0, model.weight.grad.item()) == (not math.isfinite(gradient))
+        assert not precision.expects(math.nan, math.nan), "no loss scale mends a loss"
         before = model.weight.item()
         assert precision.step(optimiser) == math.isfinite(gradient)
         assert (model.weight.item() != before) == math.isfinite(gradient)

@@ -1,13 +1,40 @@
 """Fill a frozen dataclass from a YAML file (`--config`) and dotted command-line overrides."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 import jsonargparse
 from jsonargparse import set_parsing_settings
 
+from gristmill.errors import closest
+
 C = TypeVar("C")
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Tells what is wrong and the closest names, and not all options there are."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        told = " ".join(message.split()).replace(". Got value:", ", got")
+        told = re.sub(r"a typing\.Literal\[(.*?)\],", r"one of \1,", told)
+        told = re.sub(r"a <class '(\w+)'>", r"\1", told).rstrip(".")
+        self.exit(2, f"{self.prog}: {told}.{self._closest(message)} All options: {self.prog} --help\n")
+
+    def _closest(self, message: str) -> str:
+        choices, _, value = message.partition("Got value: ")
+        if "Literal[" in choices:
+            return closest(value, re.findall(r"'([^']*)'", choices))
+        group = re.search(r"Group '([\w.]+)'", message)
+        wrong = re.search(r"--([\w.]+)|[Oo]ption '([\w.]+)'", message)
+        if wrong is None:
+            return ""
+        name = wrong[1] or (f"{group[1]}.{wrong[2]}" if group else wrong[2])
+        known = [action.dest for action in self._actions]
+        return "" if name in known else closest(name, known)
 
 
 def parser_for(config: type[Any], program: str) -> jsonargparse.ArgumentParser:
@@ -17,7 +44,8 @@ def parser_for(config: type[Any], program: str) -> jsonargparse.ArgumentParser:
     load back with `--config`. A field may have `metadata={"flag": "--other"}`, another spelling of its option.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=program, description=(config.__doc__ or "").strip())
+    # an abbreviation would change its meaning with every new option
+    parser = _Parser(prog=program, description=(config.__doc__ or "").strip(), allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(config, as_positional=True)
     flags = {field.name: field.metadata["flag"] for field in dataclasses.fields(config) if "flag" in field.metadata}
@@ -29,12 +57,31 @@ def parser_for(config: type[Any], program: str) -> jsonargparse.ArgumentParser:
 
 
 def parse(config: type[C], program: str, arguments: Sequence[str]) -> C:
-    """The options as an instance of `config`. Exits with code 2 and a message that names a wrong option."""
+    """The options as an instance of `config`. Exits with code 2 and a message that names a wrong option and the
+    closest ones."""
     parser = parser_for(config, program)
-    namespace = parser.parse_args(_named(config, arguments))
+    named = _named(config, arguments)
+    for name, kind in _fields(config):
+        given = [word for word in named if word.partition("=")[0] == f"--{name}"]
+        if len(given) > 1 and _holds_several(kind):  # argparse would take the last and drop the others
+            parser.error(f"--{name} is given {len(given)} times: write --{name} [a,b]")
+    namespace = parser.parse_args(named)
     values = parser.instantiate(namespace).as_dict()
     values.pop("config", None)
     return config(**values)
+
+
+def _fields(config: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and types of all fields, those of dataclasses inside included."""
+    for name, kind in get_type_hints(config).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def _holds_several(kind: Any) -> bool:
+    return any(get_origin(part) in (tuple, list) for part in (kind, *getattr(kind, "__args__", ())))
 
 
 def _named(config: type[Any], arguments: Sequence[str]) -> list[str]:
@@ -45,7 +92,7 @@ def _named(config: type[Any], arguments: Sequence[str]) -> list[str]:
     not do: they must not follow an option, and when absent they wipe out what `--config` said.
     """
     fields = dataclasses.fields(config)
-    switches = {f"--{f.name}" for f in fields if f.type in (bool, "bool")}
+    switches = {f"--{name}" for name, kind in _fields(config) if kind is bool}
     required = sum(f.default is f.default_factory is dataclasses.MISSING for f in fields)
     names = [f.name for f in fields if f.metadata.get("positional")]
     named, left, bare = [], list(arguments), 0

@@ -9,6 +9,7 @@ __all__ = ["Config", "run"]
 
 def run(config: Config) -> int:
     """Pretrain and tell where the model is. Returns 0, or 130 when stopped."""
+    from gristmill.evaluate.formatting import duration
     from gristmill.pretrain.run import pretrain
 
     try:
@@ -19,7 +20,7 @@ def run(config: Config) -> int:
     if done.is_main:
         print(
             f"{done.parameters:,} parameters, {done.position.tokens:,} tokens in {done.position.step:,} steps, "
-            f"{done.position.seconds / 60:.1f} minutes; rows {done.utilisation:.1%} full"
+            f"{done.epochs:.3g} epochs, {duration(done.position.seconds)}; rows {done.utilisation:.1%} full"
         )
         print(f"Model:  {done.model}\nReport: {done.report}")
     return 0

@@ -40,8 +40,8 @@ def read_jsonl(
     for line, record in read_lines(path, on_error=complain):
         where = f"{path} line {line}"
         try:
-            text = _field(record, text_field, where, "--text-field")
-            identity = f"{path.name}:{line}" if id_field is None else _field(record, id_field, where, "--id-field")
+            text = _field(record, text_field, where, "--text_field")
+            identity = f"{path.name}:{line}" if id_field is None else _field(record, id_field, where, "id_field")
         except DataError as error:
             complain(error)
             continue
@@ -146,7 +146,7 @@ def _field(record: dict[str, Any], name: str, where: str, option: str | None = N
     found = ", ".join(record) or "no fields"
     strings = [key for key, entry in record.items() if isinstance(entry, str)]
     longest = max(strings, key=lambda key: len(record[key]), default=None)
-    mend = f" Use {option} {longest}, or --on-error skip." if option and longest else ""
+    mend = f" Use {option} {longest}, or --on_error skip." if option and longest else ""
     raise DataError(f'{where}: field "{name}" is missing (found: {found}).{mend}')
 
 

@@ -20,11 +20,13 @@ from gristmill.model.feedforward import FeedForward, activation
 
 
 class Routing(NamedTuple):
-    """Where tokens go. probabilities (tokens, num_experts) sum to 1; weights and experts (tokens, top_k)."""
+    """Where tokens go. probabilities (tokens, num_experts) sum to 1; weights and experts (tokens, top_k); logits
+    (tokens, num_experts) are what they were made of."""
 
     probabilities: Tensor
     weights: Tensor
     experts: Tensor
+    logits: Tensor
 
     def counts(self) -> Tensor:
         """How many tokens each expert got, (num_experts,)."""
@@ -65,7 +67,7 @@ class Router(nn.Module):
         weights = scores.gather(1, experts)
         if config.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
-        return Routing(probabilities, weights * config.scale, experts)
+        return Routing(probabilities, weights * config.scale, experts, logits)
 
     def _choose(self, scores: Tensor) -> Tensor:
         config = self.config
@@ -139,7 +141,7 @@ class MixtureOfExperts(nn.Module):
 def reference_mixture(moe: MixtureOfExperts, x: Tensor) -> Tensor:
     """The same function of x (tokens, hidden), token by token and expert by expert."""
     outputs = []
-    for token, weights, experts in zip(x, *moe.router(x)[1:], strict=True):
+    for token, weights, experts in zip(x, *moe.router(x)[1:3], strict=True):
         parts = [
             weight * _expert(token, moe.gate_up_proj[expert], moe.down_proj[expert], moe.act)
             for weight, expert in zip(weights, experts.tolist(), strict=True)

@@ -25,9 +25,27 @@ ObjectiveName = Literal[
     "mass",
     "ul2",
 ]
+Device = Literal["cpu", "cuda"]
+TOKENS = 2_000_000
 DECODER: tuple[ObjectiveName, ...] = ("causal", "prefix", "fill_in_middle", "multi_token")
 ENCODER: tuple[ObjectiveName, ...] = ("masked", "whole_word", "spans", "permuted", "electra")
 ENCODER_DECODER: tuple[ObjectiveName, ...] = ("span_corruption", "denoising", "mass", "ul2")
+
+
+PROBED: tuple[ObjectiveName, ...] = ("causal", "prefix", "fill_in_middle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainConfig):
+    """TrainConfig with a length of its own, which gives way to `steps`."""
+
+    tokens: int | None = TOKENS
+    """Tokens to train on; the step that reaches them is the last. The default gives way to `steps`."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.tokens == TOKENS:
+            object.__setattr__(self, "tokens", None)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +65,28 @@ class WatchConfig:
     live: bool = False
     """A live panel in the place of the progress bar."""
 
+    def __post_init__(self) -> None:
+        for name in ("every", "patience"):
+            if getattr(self, name) < 0:
+                raise GristmillError(f"watch.{name} must be 0 or more, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Pretrain a model on text. Raises GristmillError naming a value out of range."""
+    """gristmill pretrain DIRECTORY --data TEXT: from text to a model that other programs can load.
+
+    A value out of range is named; the same command goes on after an interruption.
+    """
 
     directory: Path
     """Directory of the run; the same command goes on there after an interruption."""
     data: str | tuple[str, ...] = ()
-    """Text (.txt: paragraphs between blank lines), JSON lines (.jsonl with "text"), a directory of such files or of
-    token shards, or an asset by name; several as [a,b]."""
+    """Text (paragraphs between blank lines), JSON lines (.jsonl), a directory of .txt and .jsonl files, token shards
+    (with or without folders train and held-out), or an asset by name; several as [a,b]."""
+    text_field: str = "text"
+    """Field of JSON lines that holds the text."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do about a broken line of JSON lines: stop, or warn and go on."""
     weights: tuple[float, ...] = ()
     """Share of the tokens to take from each of `data`; empty takes all of them as they are."""
     tokenizer: str = ""
@@ -75,11 +105,11 @@ class PretrainConfig:
     """Share of the documents that are held out to measure the loss."""
     seed: int = 0
     """Of the weights, the order of the data and all noise."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu or cuda."""
     workers: int = 0
     """Processes that prepare batches ahead; 0 prepares them in the training process."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(tokens=2_000_000))
+    train: Training = field(default_factory=Training)
     """Options of the training loop."""
     parallel: Parallel = field(default_factory=Parallel)
     """How the run is split over the processes of torchrun (docs/scale-out.md)."""
@@ -88,11 +118,10 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) and self.data else self.data)
-        known = get_args(ObjectiveName)
-        if self.objective not in known:
-            raise GristmillError(
-                f"objective must be one of {', '.join(known)}, got {self.objective!r}.{closest(self.objective, known)}"
-            )
+        for name, kinds in (("objective", ObjectiveName), ("device", Device)):
+            known, value = get_args(kinds), getattr(self, name)
+            if value not in known:
+                raise GristmillError(f"{name} must be one of {', '.join(known)}, got {value!r}.{closest(value, known)}")
         if not self.data:
             raise GristmillError("data is missing: give text files, JSON lines, shard directories or assets")
         if self.weights and len(self.weights) != len(self.data):
@@ -102,5 +131,8 @@ class PretrainConfig:
                 raise GristmillError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 < self.held_out < 1.0:
             raise GristmillError(f"held_out must be in (0, 1), got {self.held_out}")
-        if self.workers < 0:
-            raise GristmillError(f"workers must be 0 or more, got {self.workers}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise GristmillError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.watch.probes and self.objective not in PROBED:
+            raise GristmillError(f"watch.probes asks a decoder to go on with a text: objective {', '.join(PROBED)}")

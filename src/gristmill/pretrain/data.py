@@ -16,32 +16,36 @@ from gristmill.corpus.mixture import MixedLoader, Part
 from gristmill.corpus.shards import INDEX, TokenDataset, write_shards
 from gristmill.corpus.sources import BLANK_LINE, read_articles, read_jsonl, read_text
 from gristmill.corpus.split import is_held_out
-from gristmill.errors import AssetError, DataError
+from gristmill.errors import AssetError, CheckpointError, DataError
 from gristmill.files import atomic_directory, write_json
 from gristmill.pretrain.config import PretrainConfig
 from gristmill.pretrain.recipes import special_tokens
+from gristmill.pretrain.settings import has_begun
 from gristmill.progress import progress
 from gristmill.tokens.tokenizer import Tokenizer
 from gristmill.tokens.train import train_bpe
 
 _TOKENIZER_DOCUMENTS = 50_000
 _AT_ONCE = 1000
+_PARTS = ("train", "held-out")
+_SOURCE = "source.json"
 
 
-def read_source(name: str) -> Iterator[Document]:
+def read_source(name: str, config: PretrainConfig) -> Iterator[Document]:
     """The documents of a file, a directory of files or an asset. Raises DataError for what is none of them."""
     path = Path(name)
     if not path.exists():
         try:
             path = assets.get(name)
         except AssetError as error:
-            raise DataError(f"data: {name} is neither a file, a directory nor an asset ({error})") from error
+            mend = " Several are written [a,b]." if "," in name else ""
+            raise DataError(f"data: {name} is neither a file, a directory nor an asset ({error}).{mend}") from error
     files = sorted(path.rglob("*.txt")) + sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"data: {path} holds no .txt and no .jsonl file")
+        raise DataError(f"data: {path} holds no .txt, no .jsonl file and no token shards")
     for file in files:
         if file.suffix == ".jsonl":
-            yield from read_jsonl(file)
+            yield from read_jsonl(file, config.text_field, on_error=config.on_error)
         elif file.suffix == ".json":
             yield from read_articles(file)
         else:
@@ -49,19 +53,25 @@ def read_source(name: str) -> Iterator[Document]:
 
 
 def prepare_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """The tokenizer of the run: the one given, or one trained on the first documents of each source and kept."""
+    """The tokenizer of the run: the one given, or one trained on the first documents of each source and kept.
+
+    It is trained again when what it was made of has changed and no checkpoint hangs on it.
+    """
     if config.tokenizer:
         return Tokenizer.load(Path(config.tokenizer))
     directory = config.directory / "tokenizer"
-    if not directory.exists():
-        if any(_is_shards(name) for name in config.data):
-            raise DataError("data are token shards: give the tokenizer that they were written with")
-        texts = chain.from_iterable(_some(name) for name in config.data)
+    specials = special_tokens(config.objective)
+    facts = {**_facts(config, *config.data), "vocab_size": config.vocab_size, "special_tokens": list(specials)}
+    if not directory.exists() or not (has_begun(config) or _is_made(directory, facts)):
+        if any(_shards(name) for name in config.data):
+            raise DataError("data are token shards: give --tokenizer, the one that they were written with")
+        texts = chain.from_iterable(_some(name, config) for name in config.data)
         with progress("tokenizer", _TOKENIZER_DOCUMENTS * len(config.data)) as advance:
             counted = (advance(number) or text for number, text in enumerate(texts, start=1))
-            tokenizer = train_bpe(counted, config.vocab_size, special_tokens=special_tokens(config.objective))
+            tokenizer = train_bpe(counted, config.vocab_size, special_tokens=specials)
         with atomic_directory(directory) as temporary:
             tokenizer.save(temporary)
+            write_json(temporary / _SOURCE, facts)
     return Tokenizer.load(directory)
 
 
@@ -74,22 +84,31 @@ def tokenizer_hash(config: PretrainConfig) -> str:
 def prepare_shards(config: PretrainConfig, tokenizer: Tokenizer) -> list[tuple[TokenDataset, TokenDataset | None]]:
     """Token shards of each source, to train on and held out; made once, and again when a source has changed.
 
-    Of a source that is shards already nothing is held out here: None.
+    Of a source that is one folder of shards nothing is held out: None. Raises CheckpointError when a source gives other
+    tokens than those that the run was trained on so far, and leaves these.
     """
     found: list[tuple[TokenDataset, TokenDataset | None]] = []
     mark = tokenizer_hash(config)
     for number, name in enumerate(config.data):
-        if _is_shards(name):
-            found.append((TokenDataset.open(Path(name), tokenizer_hash=mark), None))
+        if ready := _shards(name):
+            train, *rest = [TokenDataset.open(path, tokenizer_hash=mark) for path in ready]
+            found.append((train, rest[0] if rest else None))
             continue
         folder = config.directory / "tokens" / f"{number:02d}"
-        facts = {"data": name, "stamp": _stamp(name), "tokenizer": mark, "held_out": config.held_out}
+        facts = {**_facts(config, name), "tokenizer": mark, "held_out": config.held_out}
         if not _is_made(folder, facts):
             with atomic_directory(folder) as temporary:
-                for part in ("train", "held-out"):
-                    _write(name, temporary / part, part == "held-out", config.held_out, tokenizer, mark)
-                write_json(temporary / "source.json", facts)
-        parts = [TokenDataset.open(folder / part, tokenizer_hash=mark) for part in ("train", "held-out")]
+                made = [_write(config, name, temporary / part, tokenizer, mark) for part in _PARTS]
+                if has_begun(config) and folder.exists():
+                    before = [TokenDataset.open(folder / part).fingerprint for part in _PARTS]
+                    if before != [dataset.fingerprint for dataset in made]:
+                        raise CheckpointError(
+                            f"{name} gives other tokens than those {config.directory} was trained on so far (the file, "
+                            "held_out or the tokenizer has changed). Use another directory, or delete this one to "
+                            "start anew."
+                        )
+                write_json(temporary / _SOURCE, facts)
+        parts = [TokenDataset.open(folder / part, tokenizer_hash=mark) for part in _PARTS]
         found.append((parts[0], parts[1]))
     return found
 
@@ -114,17 +133,19 @@ def loaders(
     return one(training), one(held_out) if held_out else None
 
 
-def _some(name: str) -> Iterator[str]:
-    for number, document in enumerate(read_source(name)):
+def _some(name: str, config: PretrainConfig) -> Iterator[str]:
+    for number, document in enumerate(read_source(name, config)):
         if number == _TOKENIZER_DOCUMENTS:
             return
         yield document.text
 
 
-def _write(name: str, directory: Path, held_out: bool, share: float, tokenizer: Tokenizer, mark: str) -> None:
+def _write(config: PretrainConfig, name: str, directory: Path, tokenizer: Tokenizer, mark: str) -> TokenDataset:
+    held_out, share = directory.name == "held-out", config.held_out
+
     def documents() -> Iterator[tuple[list[int], None]]:
         texts: list[str] = []
-        for document in read_source(name):
+        for document in read_source(name, config):
             if is_held_out(document.id, share) == held_out:
                 texts.append(document.text)
             if len(texts) == _AT_ONCE:
@@ -133,7 +154,7 @@ def _write(name: str, directory: Path, held_out: bool, share: float, tokenizer: 
         yield from ((ids, None) for ids in tokenizer.encode_batch(texts, special_tokens=False) if ids)
 
     try:
-        write_shards(
+        return write_shards(
             documents(),
             directory,
             vocab_size=tokenizer.vocab_size,
@@ -141,18 +162,30 @@ def _write(name: str, directory: Path, held_out: bool, share: float, tokenizer: 
             eos_token_id=tokenizer.eos_token_id,
         )
     except DataError as error:
-        if held_out and "no documents" in str(error):
-            raise DataError(f"data: {name} has too few documents to hold out a share of {share}") from error
-        raise
+        if "no documents" not in str(error):
+            raise
+        what = f"hold out a share of {share}" if held_out else f"train on when a share of {share} is held out"
+        raise DataError(
+            f"data: {name} has too few documents to {what}. In text a blank line ends a document; change held_out."
+        ) from error
 
 
-def _is_shards(name: str) -> bool:
-    return (Path(name) / INDEX).exists()
+def _shards(name: str) -> list[Path]:
+    """Where a source is token shards: one folder, or those to train on and held out, as a run leaves them."""
+    path = Path(name)
+    parts = [path / part for part in _PARTS]
+    return [path] if (path / INDEX).exists() else parts if all((part / INDEX).exists() for part in parts) else []
+
+
+def _facts(config: PretrainConfig, *names: str) -> dict[str, object]:
+    """What the documents of some sources hang on."""
+    stamps = [_stamp(name) for name in names]
+    return {"data": list(names), "stamps": stamps, "text_field": config.text_field, "on_error": config.on_error}
 
 
 def _is_made(folder: Path, facts: dict[str, object]) -> bool:
     try:
-        return bool(json.loads((folder / "source.json").read_text(encoding="utf-8")) == facts)
+        return bool(json.loads((folder / _SOURCE).read_text(encoding="utf-8")) == facts)
     except (OSError, ValueError):
         return False
 

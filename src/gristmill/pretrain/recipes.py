@@ -9,12 +9,13 @@ from typing import Any, get_args
 from torch import nn
 
 from gristmill.core import Objective
-from gristmill.errors import DataError
+from gristmill.errors import DataError, closest
 from gristmill.model.config import EncoderDecoderConfig, ModelConfig
 from gristmill.model.encoder import Encoder
 from gristmill.model.encoder_decoder import EncoderDecoder
 from gristmill.model.heads import HeadConfig, Headed
-from gristmill.model.presets import Preset, encoder_decoder, preset, published
+from gristmill.model.moe import MixtureOfExperts
+from gristmill.model.presets import PUBLISHED, Preset, encoder_decoder, preset, published
 from gristmill.model.transformer import Transformer
 from gristmill.objectives.causal import CausalLM
 from gristmill.objectives.denoising import BART, Denoising
@@ -26,6 +27,7 @@ from gristmill.objectives.noising import NoiseOptions
 from gristmill.objectives.permuted import PermutedLM
 from gristmill.objectives.prefix import PrefixLM
 from gristmill.objectives.replaced_token import Electra, ReplacedToken
+from gristmill.objectives.router import WithRouterLosses
 from gristmill.objectives.sequence_pair import Framing
 from gristmill.objectives.span_corruption import SpanCorruption
 from gristmill.objectives.ul2 import UL2
@@ -62,6 +64,11 @@ def special_tokens(objective: ObjectiveName) -> tuple[str, ...]:
     return (CHATML_SPECIALS[0], *FRAME)
 
 
+def check_model(config: PretrainConfig) -> None:
+    """Raise DataError when the objective cannot train the model of that name; before the data are looked at."""
+    _decoder_config(config, 1) if config.objective in DECODER else _sizes(config)
+
+
 def build(config: PretrainConfig, tokenizer: Tokenizer) -> Recipe:
     """The recipe of a run, its weights drawn from the seed.
 
@@ -76,6 +83,8 @@ def build(config: PretrainConfig, tokenizer: Tokenizer) -> Recipe:
         else _encoder_decoder(config, tokenizer)
     )
     context = (recipe.core.config.encoder if isinstance(recipe.core, EncoderDecoder) else recipe.core.config).context
+    if any(isinstance(part, MixtureOfExperts) for part in recipe.model.modules()):  # or few experts would learn all
+        recipe = replace(recipe, objective=WithRouterLosses(recipe.objective))
     extra = getattr(recipe.objective, "extra_tokens", 0)
     if config.row_length + extra > context:
         raise DataError(
@@ -156,14 +165,20 @@ def _decoder_config(config: PretrainConfig, vocab_size: int) -> ModelConfig:
     if config.model in get_args(Preset):
         shape = preset(config.model, vocab_size)  # type: ignore[arg-type]
         return replace(shape, max_position_embeddings=max(shape.max_position_embeddings, config.row_length))
-    return replace(published(config.model), vocab_size=vocab_size)
+    known = (*get_args(Preset), *PUBLISHED)
+    if config.model not in known:
+        raise DataError(f"model {config.model!r} is no preset and no published decoder.{closest(config.model, known)}")
+    shape = replace(published(config.model), vocab_size=vocab_size)
+    if not shape.causal:
+        raise DataError(f"objective {config.objective} trains a decoder, and {config.model} is an encoder")
+    return shape
 
 
 def _sizes(config: PretrainConfig) -> ModelConfig:
     if config.model not in get_args(Preset):
         raise DataError(
             f"objective {config.objective} takes a preset for its sizes ({', '.join(get_args(Preset))}), "
-            f"got {config.model!r}"
+            f"got {config.model!r}.{closest(config.model, get_args(Preset))}"
         )
     return preset(config.model)  # type: ignore[arg-type]
 
@@ -221,7 +236,9 @@ def _vocabulary(tokenizer: Tokenizer) -> EncoderVocabulary:
 def _id(tokenizer: Tokenizer, text: str) -> int:
     found = tokenizer.id_of(text)
     if found is None:
-        raise DataError(f"the tokenizer has no token {text}, which this objective needs: let the run train its own")
+        raise DataError(
+            f"the tokenizer has no token {text}, which this objective needs. Without --tokenizer the run trains one."
+        )
     return found
 
 

@@ -16,9 +16,10 @@ from gristmill.errors import DataError
 from gristmill.evaluate.provenance import provenance
 from gristmill.evaluate.report import write_report
 from gristmill.evaluate.run_report import Confusion, Curve, FunnelRow, Result, RunReport, Sample, Series, Stage
+from gristmill.files import exclusive
 from gristmill.quickstart import evaluation, stages
 from gristmill.quickstart.config import BUDGETS, HELD_OUT_SHARE, ROW_LENGTH, QuickstartConfig, choose_precision
-from gristmill.quickstart.run import StageRecord, claim, exclusive, stage
+from gristmill.quickstart.run import StageRecord, claim, stage
 from gristmill.quickstart.stages import Quickstart
 from gristmill.train.metrics import read_metrics
 

@@ -6,19 +6,18 @@ that was cut off starts again, and training stages go on from their own checkpoi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gristmill.errors import CheckpointError, GristmillError
-from gristmill.files import remove_leftovers, write_json
+from gristmill.errors import CheckpointError
+from gristmill.files import write_json
 
 
 @dataclass
@@ -31,25 +30,6 @@ class StageRecord:
     flops: float | None = None
     peak_memory_bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the run directory: two processes in it would overwrite each other. What killed ones left half-written is
-    removed. Raises GristmillError when the directory is held or cannot be written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("w")
-    except OSError as error:
-        raise GristmillError(f"{directory}: cannot be used as a run directory ({error.strerror})") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise GristmillError(f"{directory}: another process is running here") from error
-        for place in (directory, *(directory / name for name in ("corpus", "tokens", "stages"))):
-            remove_leftovers(place)
-        yield
 
 
 def claim(directory: Path, settings: dict[str, Any]) -> None:

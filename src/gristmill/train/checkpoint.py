@@ -22,7 +22,7 @@ from gristmill.errors import BrokenCheckpoint, CheckpointError
 from gristmill.files import write_json
 from gristmill.model.formats.state import check_shapes
 from gristmill.train.optimisers import load_optimiser_tensors, optimiser_tensors
-from gristmill.train.world import World
+from gristmill.train.world import World, model_tensors
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -45,13 +45,6 @@ class Position:
     """State of callbacks and of the loop, as JSON."""
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied matrix once, under its first name."""
-    found: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    kept = model.state_dict().keys()
-    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
-
-
 def save_checkpoint(
     directory: Path,
     groups: Groups,
@@ -63,7 +56,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `directory/step-N`, then delete all but the newest `keep`. The old ones stand until the new one does.
 
-    Those of steps that `keep_every` divides stay for good.
+    Those of steps that `keep_every` divides stay for good. Later ones than this are deleted too: they were damaged, or
+    the run would have gone on from them.
     """
     world = world or World()
     path = directory / f"step-{position.step:08d}"
@@ -71,11 +65,15 @@ def save_checkpoint(
         for name, tensors in groups.items():
             world.write(temporary, name, tensors)
         if world.is_main:
-            write_json(temporary / "position.json", asdict(position))
+            write_json(temporary / "position.json", {**asdict(position), "groups": list(groups)})
     if world.is_main:
-        for old in checkpoints(directory)[:-keep]:
+        standing = checkpoints(directory)
+        later = standing.index(path) + 1
+        for old in standing[:later][:-keep]:
             if keep_every is None or int(old.name[5:]) % keep_every:
                 shutil.rmtree(old)
+        for damaged in standing[later:]:
+            shutil.rmtree(damaged)
     return path
 
 
@@ -122,19 +120,27 @@ def load_checkpoint(
     """Put a checkpoint's weights, and optimiser state if asked, into what is given.
 
     extra: for each further group of tensors what takes it. Raises BrokenCheckpoint when a file is missing or damaged,
-    CheckpointError when the run is another (`identity`) or a tensor is missing, surplus or of the wrong shape; nothing
-    is changed then.
+    CheckpointError when the run is another (`identity`), keeps other groups (with `optimiser`), or a tensor is missing,
+    surplus or of the wrong shape; nothing is changed then.
     """
     world = world or World()
     own = model_tensors(model)
     try:
-        position = Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        facts = json.loads((path / "position.json").read_text(encoding="utf-8"))
+        held = set(facts.pop("groups"))
+        position = Position(**facts)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{path}: not a readable checkpoint ({error})") from error
     if identity is not None and position.identity != identity:
         raise CheckpointError(
             f"{path} belongs to a run with other settings (it says {position.identity}, this run is {identity}). "
             "Use another directory, or delete this one to start anew."
+        )
+    wanted = {"model", "optimiser", *(extra or {})}
+    if optimiser is not None and held != wanted:
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(held))}; this run needs {', '.join(sorted(wanted))}. `average` decides "
+            "whether there is an average, precision float16 whether there is a scaler: set both as that run had them."
         )
     weights = world.read(path, "model", own)
     state = world.read(path, "optimiser", optimiser_tensors(model, optimiser)) if optimiser is not None else {}
@@ -153,7 +159,7 @@ def load_checkpoint(
 class Keeper:
     """Writes the checkpoints of a run, in a thread while training goes on if asked; one at a time.
 
-    An error of a write in the thread is raised by the next call.
+    An error of a write in the thread is raised by the next call of any method.
     """
 
     def __init__(self, save: Callable[..., Path], *, background: bool) -> None:
@@ -167,7 +173,9 @@ class Keeper:
         if not self._background:
             self._save(directory, groups, position, **options)
             return
-        copies = {name: {key: t.detach().cpu().clone() for key, t in group.items()} for name, group in groups.items()}
+        copies = {
+            name: {key: t.detach().to("cpu", copy=True) for key, t in group.items()} for name, group in groups.items()
+        }
         self._thread = threading.Thread(target=self._run, args=(directory, copies, position), kwargs=options)
         self._thread.start()
 
@@ -176,6 +184,10 @@ class Keeper:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what the writing has raised, without waiting for its end."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error

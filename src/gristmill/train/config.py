@@ -139,4 +139,6 @@ class TrainConfig:
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise GristmillError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{closest(str(value), allowed)}")
+        raise GristmillError(
+            f"{name} must be one of {', '.join(allowed)}, got {value!r}.{closest(str(value), allowed)}"
+        )

@@ -99,8 +99,13 @@ def dump_batch(directory: Path, step: int, batches: Sequence[Any], why: str, *, 
     return path
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out: on the CPU torch says so by a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def memory_advice(error: BaseException, config: TrainConfig, model: nn.Module, tokens: int) -> str:
-    """What to change after torch.OutOfMemoryError or MemoryError, with figures, most helpful first.
+    """What to change once memory has run out (`is_out_of_memory`), with figures, most helpful first.
 
     tokens: those of one loader batch. Weights, gradients and optimiser are counted; activations are a rough sum.
     """

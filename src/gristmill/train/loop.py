@@ -8,14 +8,12 @@ bit by bit on a CPU with the same number of threads (another number adds in anot
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,15 +24,16 @@ from gristmill.errors import CheckpointError, GristmillError
 from gristmill.files import remove_leftovers
 from gristmill.progress import progress
 from gristmill.train.callbacks import Callback, Run
-from gristmill.train.checkpoint import Keeper, Position, checkpoints, model_tensors, resume, save_checkpoint
+from gristmill.train.checkpoint import Keeper, Position, checkpoints, resume, save_checkpoint
 from gristmill.train.config import TrainConfig
 from gristmill.train.ema import WeightAverage
-from gristmill.train.guards import SpikeDetector, dump_batch, memory_advice
+from gristmill.train.guards import SpikeDetector, dump_batch, is_out_of_memory, memory_advice
 from gristmill.train.metrics import MetricsLog
 from gristmill.train.optimisers import make_optimiser, optimiser_tensors
 from gristmill.train.precision import Precision, PrecisionName
-from gristmill.train.prepare import device_of, prepare_model
-from gristmill.train.world import LossModule, World
+from gristmill.train.prepare import check_model, device_of, prepare_model
+from gristmill.train.signals import stop_signal
+from gristmill.train.world import LossModule, World, model_tensors
 
 
 def train(
@@ -63,7 +62,7 @@ def train(
     world = world or World(device_of(model))
     folder = directory / "checkpoints"
     if world.is_main:
-        for place in (directory, folder):
+        for place in (directory, folder, directory / "best", directory / "bad_batches"):
             remove_leftovers(place)
     trainer = _Trainer(model, objective, loader, validation, config, directory, world, callbacks)
     position = trainer.resume(identity)
@@ -75,7 +74,7 @@ def train(
     shown = world.is_main and show_progress
     bar = progress(description, total, done=done) if shown else nullcontext(lambda *_: None)
     try:
-        with closing(log) if log else nullcontext(), bar as advance, _stop_signal() as stopped:
+        with closing(log) if log else nullcontext(), bar as advance, stop_signal() as stopped:
             trainer.loop(log, advance, stopped)
     finally:
         trainer.keeper.wait()
@@ -105,6 +104,7 @@ class _Trainer:
         if len({callback.name for callback in callbacks}) < len(callbacks):
             raise GristmillError(f"two callbacks have one name: {', '.join(sorted(c.name for c in callbacks))}")
         world.check(config)
+        check_model(model, loader, validation)
         self.precision = Precision(config.precision, world.device)
         self.precision.prepare(model)
         prepare_model(model, config)
@@ -147,17 +147,20 @@ class _Trainer:
         self._call("start")
         while not (self.is_over or run.stopped or self.world.any(stopped.is_set())):
             run.record = {}
+            self.keeper.check()
             rewound = self.step()
             if rewound:
                 if log is not None:
                     log.rewind(run.position.step)
                 continue
             step = run.position.step
-            last = self.is_over or run.stopped is not None
+            last = self.is_last
             if self.validation is not None and (last or step % config.validate_every == 0):
                 self.validate()
             run.position = dataclasses.replace(run.position, seconds=time.perf_counter() - began)
             self._call("after_step")
+            if self.validation is not None and self.is_last and not last and step % config.validate_every:
+                self.validate()
             if log is not None:
                 log.write({"step": step, **run.record, "tokens": run.position.tokens, "seconds": run.position.seconds})
             told = f"loss {run.record['loss']:.3f}" if "loss" in run.record else "skipped"
@@ -165,7 +168,7 @@ class _Trainer:
                 step if config.steps is not None else run.position.tokens,
                 f"{told}  {run.record['tokens_per_second']:.0f} tok/s",
             )
-            if self.is_over or run.stopped or step % config.checkpoint_every == 0:
+            if self.is_last or step % config.checkpoint_every == 0:
                 self.save()
         if self.saved < run.position.step:
             self.save()
@@ -179,6 +182,11 @@ class _Trainer:
         """Whether the run is complete."""
         return self.config.is_over(self.run.position.step, self.run.position.tokens)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether there is no step after this one."""
+        return self.is_over or self.run.stopped is not None
+
     def step(self) -> bool:
         """One step; True when it was bad and the run went back to a checkpoint instead."""
         run, config, world = self.run, self.config, self.world
@@ -191,10 +199,8 @@ class _Trainer:
         rate = config.learning_rate_at(run.position.step + 1, run.position.tokens + tokens)
         for group in run.optimiser.param_groups:
             group["lr"] = rate * group["scale"]
-        try:
+        with self._memory_advised():
             losses = accumulate_gradients(self.module, self.objective, run.batches, counts, world, self.precision)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise GristmillError(memory_advice(error, config, run.model, run.batches[0].tokens)) from error
         self.precision.unscale(run.optimiser)
         self._call("gradients_ready")
         norm = world.clip(run.model, config.clip_norm)
@@ -202,12 +208,13 @@ class _Trainer:
             run.position, step=run.position.step + 1, tokens=run.position.tokens + tokens, batches=first + number
         )
         run.record |= losses | {"learning_rate": rate, "gradient_norm": norm}
-        wrong = None if self.precision.expects(norm) else self.spikes.check(losses["loss"], norm)
+        wrong = None if self.precision.expects(losses["loss"], norm) else self.spikes.check(losses["loss"], norm)
         if wrong is not None:
             if self._bad_step(wrong, reached):
                 return True
         else:
-            self._update(losses["loss"], norm)
+            with self._memory_advised():
+                self._update(losses["loss"], norm)
             run.position = reached
         run.optimiser.zero_grad(set_to_none=True)
         run.record["tokens_per_second"] = tokens / (time.perf_counter() - started)
@@ -291,6 +298,16 @@ class _Trainer:
         self.saved = run.position.step
         self._call("checkpointed")
 
+    @contextmanager
+    def _memory_advised(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = memory_advice(error, self.config, self.run.model, self.run.batches[0].tokens)
+            raise GristmillError(told) from error
+
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self.run)
@@ -369,24 +386,3 @@ def _means(objective: Objective, sums: dict[str, float], counts: dict[str, int])
 
 def _finite(value: Any) -> bool:
     return not isinstance(value, float) or (value == value and abs(value) != float("inf"))
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two. A second signal ends at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -32,10 +32,13 @@ class MetricsLog:
         self._handle = self._path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it reaches the file at once."""
+        """Append one record; it reaches the file at once. Its numbers must be finite: JSON has no others."""
         try:
             self._handle.write(json.dumps(record, allow_nan=False) + "\n")
             self._handle.flush()
+        except ValueError as error:
+            told = f"{self._path}: the record of step {record.get('step')} is not JSON ({error})"
+            raise GristmillError(f"{told}: {record}. Record None in the place of what is not finite.") from error
         except OSError as error:
             raise GristmillError(f"{self._path}: could not be written ({error.strerror or error})") from error
 

@@ -57,7 +57,8 @@ class Precision:
     def prepare(self, model: nn.Module) -> None:
         """Give the weights their type, in place; buffers keep theirs. Before the optimiser is made."""
         for weight in model.parameters():
-            weight.data = weight.data.to(torch.bfloat16 if self.name == "pure_bfloat16" else torch.float32)
+            if weight.is_floating_point():
+                weight.data = weight.data.to(torch.bfloat16 if self.name == "pure_bfloat16" else torch.float32)
 
     def forward(self, device: str | torch.device) -> AbstractContextManager[object]:
         """The context of the forward pass and the loss on `device`."""
@@ -76,9 +77,10 @@ class Precision:
         self._scaler.unscale_(optimiser)
         self._unscaled = True
 
-    def expects(self, norm: float) -> bool:
-        """Whether a gradient of this norm is an overflow that `step` deals with, and no reason for alarm."""
-        return self.name == "float16" and not math.isfinite(norm)
+    def expects(self, loss: float, norm: float) -> bool:
+        """Whether gradients of this norm are an overflow that `step` deals with, and no reason for alarm: those of a
+        finite loss are, as no smaller scale mends a loss."""
+        return self.name == "float16" and math.isfinite(loss) and not math.isfinite(norm)
 
     def step(self, optimiser: torch.optim.Optimizer) -> bool:
         """Step; False when float16 gradients had overflowed: no weight has changed then and the loss scale is halved.
@@ -101,6 +103,7 @@ class Precision:
         """What a checkpoint must hold besides weights and optimiser: scalars in float32; none but for float16."""
         if self.name != "float16":
             return {}
+        self._close()  # a run that goes on from here knows nothing of gradients that were dropped
         state = self._scaler.state_dict()
         keys = {"loss_scale": "scale", "loss_scale.steps": "_growth_tracker"}
         return {name: torch.tensor(float(state[key]), dtype=torch.float32) for name, key in keys.items()}

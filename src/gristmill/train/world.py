@@ -36,6 +36,13 @@ class LossModule(nn.Module):
         return dict(self.objective.loss_sums(self.model, batch))
 
 
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied matrix once, under its first name."""
+    found: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    kept = model.state_dict().keys()
+    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
 class World:
     """One process. Others derive from it: gristmill.train.parallel."""
 
@@ -75,8 +82,8 @@ class World:
                 sums = module(batch)
             loss = torch.stack([sums[name] * scale for name, scale in scales.items()]).sum()
             precision.scale(loss).backward()
-            for name, value in sums.items():
-                totals[name] += float(value.detach())
+            for name in scales:  # a term without a target in the whole step has no scale
+                totals[name] += float(sums[name].detach())
         return totals
 
     def evaluate(self, module: nn.Module, batch: Any, precision: Precision) -> dict[str, float]:
@@ -112,8 +119,9 @@ class World:
             raise BrokenCheckpoint(f"{path}: not readable ({error})") from error
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights by name, each in full: to save the finished model. Every process must call it."""
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+        """All weights and persistent buffers by name, each in full: to save the finished model. Every process must
+        call it."""
+        return model_tensors(model)
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any process: a signal does not reach all of them in the same step."""

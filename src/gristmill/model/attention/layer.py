@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden). `layer` is where the block stands: shared weights have several."""
         query, key, value = self._projections(x, step)
-        if layer in self.used_again:
+        if self.used_again and layer in self.used_again:  # torch.compile would make one graph for each layer
             step.kept[layer] = query, key, value
         rule = self.plain
         if rule is None:

@@ -28,7 +28,7 @@ from gristmill.train.parallel.mesh import Mesh
 from gristmill.train.parallel.slices import Slice
 from gristmill.train.parallel.tensor import split_tensors
 from gristmill.train.precision import Precision
-from gristmill.train.world import LossModule, World
+from gristmill.train.world import LossModule, World, model_tensors
 
 
 class DistributedWorld(World):
@@ -178,8 +178,8 @@ class DistributedWorld(World):
         return read_group(directory, group, {**known, **like}, self.slices, self.mesh)
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights by name, each in full: to save the finished model. Every process must call it."""
-        return {n: gathered(p.detach(), self.slices.get(n), self.mesh) for n, p in model.named_parameters()}
+        """See `World`."""
+        return {n: gathered(t, self.slices.get(n), self.mesh) for n, t in model_tensors(model).items()}
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any process: a signal does not reach all of them in the same step."""

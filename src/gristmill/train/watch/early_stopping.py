@@ -17,8 +17,8 @@ from gristmill.errors import CheckpointError, GristmillError, closest
 from gristmill.files import write_json
 from gristmill.model.formats.state import check_shapes
 from gristmill.train.callbacks import Callback, Run
-from gristmill.train.checkpoint import model_tensors
 from gristmill.train.watch.monitors import flat
+from gristmill.train.world import model_tensors
 
 
 class EarlyStopping(Callback):
