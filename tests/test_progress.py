@@ -72,3 +72,9 @@ def test_an_error_ends_the_bar_and_shows_the_cursor_again(monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt), progress("pretrain", 10):
         raise KeyboardInterrupt
     assert terminal.getvalue().rfind("\x1b[?25h") > terminal.getvalue().rfind("\x1b[?25l")
+
+
+def test_more_than_was_foreseen_leaves_no_time_below_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("training", 10) as advance:
+        advance(12)
+    assert "12/10, 0 s left" in capsys.readouterr().err

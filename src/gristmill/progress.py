@@ -51,7 +51,7 @@ def _lines(description: str, total: int, done: int) -> Advance:
         if now - last < _SECONDS_BETWEEN_LINES and count < total:
             return
         last = now
-        left = (now - started) / max(count - done, 1) * (total - count)
+        left = (now - started) / max(count - done, 1) * max(total - count, 0)
         print(f"{description}: {count}/{total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
 
     return advance
