@@ -279,6 +279,7 @@ def test_dropout_leaves_out_its_share_in_training_alone(tmp_path: Path) -> None:
     assert not same(weights(plain), weights(thinned))
 
 
+@pytest.mark.peer  # drives the C++ compiler of the machine
 def test_compiled_blocks_train_the_same(tmp_path: Path) -> None:
     eager, _ = run(tmp_path / "eager", toy_config(steps=3))
     compiled, _ = run(tmp_path / "compiled", toy_config(steps=3, compile=True))

@@ -24,8 +24,9 @@ from train.toy import toy_config, toy_loader, toy_model
 
 def run(directory: Path, *callbacks: Callback, **changes: Any) -> list[dict[str, Any]]:
     config = toy_config(**{"steps": 6, "checkpoint_every": 2, "validate_every": 3, **changes})
-    loaders = toy_loader(), toy_loader(8, seed=1)
-    train(toy_model(), CausalLM(), loaders[0], config, directory, validation=loaders[1], callbacks=callbacks)
+    bar = not any(isinstance(callback, LiveView) for callback in callbacks)  # a view takes its place
+    options: dict[str, Any] = {"validation": toy_loader(8, seed=1), "callbacks": callbacks, "show_progress": bar}
+    train(toy_model(), CausalLM(), toy_loader(), config, directory, **options)
     return read_metrics(directory / "metrics.jsonl")
 
 
@@ -39,6 +40,7 @@ class Killed(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.peer  # reads with tensorboard
 def test_tensorboard_reads_back_every_number_of_a_run_that_was_killed(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
