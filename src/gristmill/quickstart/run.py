@@ -7,7 +7,6 @@ that was cut off starts again, and training stages go on from their own checkpoi
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from gristmill.errors import CheckpointError
 from gristmill.files import write_json
+from gristmill.train.watch.monitors import peak_memory
 
 
 @dataclass
@@ -68,7 +68,7 @@ def stage(directory: Path, name: str, work: Callable[[StageRecord], None]) -> St
     work(record)
     # a training stage that resumed has set its own time, that of all attempts
     record.seconds = record.seconds or time.perf_counter() - started
-    record.peak_memory_bytes = _peak_memory()
+    record.peak_memory_bytes = peak_memory()
     write_json(path, asdict(record))
     return record
 
@@ -86,14 +86,3 @@ def _reset_peak_memory() -> None:
     """Start a new high-water mark (Linux; elsewhere the mark of the whole process is reported)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,10 +16,10 @@ from typing import Literal, get_args
 from gristmill.errors import GristmillError, closest
 from gristmill.model.accounting import flops_per_token, kv_bytes, state_bytes
 from gristmill.model.config import ModelConfig
+from gristmill.train.optimisers import OptimiserName
 from gristmill.train.parallel.layout import Parallel
+from gristmill.train.precision import PrecisionName
 
-Optimiser = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
-Precision = Literal["float32", "bfloat16", "pure_bfloat16", "float16"]
 _CHUNK_ROWS, _CHUNK_BYTES, _CACHE_BYTES = 1024, 1 << 28, 1 << 24  # those of gristmill.objectives.cross_entropy
 ONE_PROCESS = Parallel()
 _FLOAT = 4
@@ -35,10 +35,10 @@ class TrainingSettings:
     """Tokens of one sequence: as far as attention reaches."""
     micro_batches: int = 1
     """Micro-batches whose gradients make one step."""
-    precision: Precision = "float32"
+    precision: PrecisionName = "float32"
     """bfloat16 and float16 compute products and keep activations in 16 bits while weights and optimiser stay float32;
     pure_bfloat16 has everything in 16 bits."""
-    optimiser: Optimiser = "adamw"
+    optimiser: OptimiserName = "adamw"
     """adamw keeps two values a weight, muon one for the matrices of the blocks, lion one, adafactor few,
     sgd (without momentum) none."""
     average: bool = False
@@ -58,7 +58,7 @@ class TrainingSettings:
                 raise GristmillError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence > self.tokens:
             raise GristmillError(f"sequence ({self.sequence}) must be at most tokens ({self.tokens}) of a micro-batch")
-        for name, kinds in (("precision", Precision), ("optimiser", Optimiser)):
+        for name, kinds in (("precision", PrecisionName), ("optimiser", OptimiserName)):
             value, known = getattr(self, name), get_args(kinds)
             if value not in known:
                 raise GristmillError(f"{name} must be one of {', '.join(known)}, got {value!r}.{closest(value, known)}")
@@ -234,7 +234,7 @@ def _on_device(counts: WeightCounts, layout: Parallel) -> int:
     return math.ceil((blocks / layout.pipeline + ends) / layout.tensor)
 
 
-def _optimiser_values(counts: WeightCounts, optimiser: Optimiser) -> int:
+def _optimiser_values(counts: WeightCounts, optimiser: OptimiserName) -> int:
     return {
         "adamw": 2 * counts.total,
         "muon": counts.matrices + 2 * (counts.total - counts.matrices),
