@@ -258,3 +258,14 @@ def test_validation_batches_go_to_the_device_of_the_model() -> None:
 
     held_out_loss(Loader())
     assert moved == ["cpu", "cpu"]
+
+
+def test_the_gradient_is_that_of_the_mean_loss_itself() -> None:
+    """Its size too: Adam and clipping would hide a wrong divisor."""
+    batch = PackedBatch.from_segments(segments(5))
+    _, found = gradients([batch])
+    model = toy_model()
+    total, count = CausalLM().loss_sum(model, batch)
+    (total / count).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-7, rtol=1e-5)
