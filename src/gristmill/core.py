@@ -7,9 +7,10 @@ Nothing here imports torch, so `import gristmill` stays light.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, runtime_checkable
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, cast, runtime_checkable
 
 from gristmill.errors import RequestError, closest
 
@@ -31,6 +32,66 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """What form the whole output has: exactly one of the first six fields.
+
+    Raises RequestError, naming the field as structured.NAME, unless one is given and is of its type.
+    """
+
+    json_schema: Mapping[str, Any] | str | None = None
+    """JSON that this schema allows; a mapping or its JSON text."""
+    regex: str | None = None
+    """Text that this regular expression matches from end to end."""
+    grammar: str | None = None
+    """Text of a context-free grammar in Lark's notation, or in EBNF as llama.cpp writes it (`root ::= ...`)."""
+    choice: Sequence[str] | None = None
+    """One of these texts."""
+    json_object: bool = False
+    """Any JSON object."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """A call of one of these tools (name and parameters, or OpenAI's form) as {"name": ..., "arguments": {...}}."""
+    compact: bool = False
+    """JSON without white space; else there may be one line break and 16 blanks wherever JSON has white space."""
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "json_schema": (Mapping, str),
+            "regex": (str,),
+            "grammar": (str,),
+            "choice": (list, tuple),
+            "json_object": (bool,),
+            "tools": (list, tuple),
+        }
+        given = [name for name in kinds if getattr(self, name) is not None and getattr(self, name) is not False]
+        if len(given) != 1:
+            raise RequestError(
+                f"structured takes exactly one of {', '.join(kinds)}; got {' and '.join(given) or 'none'}",
+                field="structured",
+            )
+        value = getattr(self, given[0])
+        if not isinstance(value, kinds[given[0]]):
+            named = " or ".join(kind.__name__ for kind in kinds[given[0]])
+            raise RequestError(
+                f"structured.{given[0]} must be {named}, got {value!r}", field=f"structured.{given[0]}"
+            )
+
+    @property
+    def kind(self) -> str:
+        """Name of the field that is given."""
+        names = ("json_schema", "regex", "grammar", "choice", "tools")
+        return next((name for name in names if getattr(self, name) is not None), "json_object")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutput:
+        """Build from a plain mapping; an unknown key raises RequestError with the closest names."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise RequestError(f"unknown field structured.{name}.{closest(name, known)}", field=f"structured.{name}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens for one request. Every field is applied; an unknown one is a TypeError.
 
@@ -47,12 +108,27 @@ class SamplingParams:
     """Keep the k most probable tokens; 0 or -1 keeps all."""
     min_p: float = 0.0
     """Drop tokens below this share of the most probable one."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest to the entropy, until their probability reaches this; 1 keeps all."""
+    epsilon_cutoff: float = 0.0
+    """Drop tokens less probable than this, never the most probable one; 0 keeps all."""
+    eta_cutoff: float = 0.0
+    """Drop tokens below min(this, sqrt(this) * exp(-entropy)), never the most probable one; 0 keeps all."""
+    top_n_sigma: float = 0.0
+    """Keep logits within so many standard deviations below the highest; 0 keeps all."""
+    temperature_last: bool = False
+    """Choose the kept tokens from the distribution without temperature, then apply the temperature among them."""
     repetition_penalty: float = 1.0
     """Above 1 divides positive and multiplies negative logits of tokens in the prompt or output."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token already in the output."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time it is in the output."""
+    no_repeat_ngram_size: int = 0
+    """No run of so many tokens comes twice in prompt and output together; 0 is no limit."""
+    bad_words: Sequence[str | Sequence[int]] | None = None
+    """Token sequences that the output never completes. A text stands for the ids that the tokenizer writes it with,
+    alone and after a space; the same letters made of other tokens are not found (`stop` finds them)."""
     logit_bias: dict[int, float] | None = None
     """Added to the logits of the given token ids."""
     seed: int | None = None
@@ -69,23 +145,49 @@ class SamplingParams:
     """Most tokens to generate; None fills the context."""
     min_tokens: int = 0
     """End-of-sequence and stop tokens are masked until so many tokens stand."""
+    length_decay: tuple[int, float] | None = None
+    """(start, factor): after `start` tokens, |logit| * (factor ** (tokens - start) - 1) is added to end tokens' logits.
+    A factor above 1 makes long outputs end, one below 1 makes them go on."""
+    max_time: float | None = None
+    """Seconds after which the output ends with the token at hand (finish reason "length")."""
+    max_flops: float | None = None
+    """Floating-point operations, those of the prompt among them, after which it ends likewise."""
+    stop_below_probability: float = 0.0
+    """End with the first token whose raw probability is below this; 0 never does."""
+    repetition_stop: tuple[int, int] | None = None
+    """(longest pattern, count): end when the output's last tokens are one pattern so many times in a row."""
+    thinking_budget: int | None = None
+    """Most tokens before `think_end`, which is forced then. Thinking begins with the output."""
+    min_thinking_tokens: int = 0
+    """`think_end` and end tokens are masked until so many tokens stand."""
+    think_end: str | Sequence[int] = "</think>"
+    """Text or token ids that end the thinking."""
+    think_waits: int = 0
+    """How many times `think_wait` takes the place of `think_end` or an end token, so that thinking goes on."""
+    think_wait: str | int = "Wait"
+    """The one token that does."""
     logprobs: int | None = None
     """Return log-probabilities of the chosen token and of this many most probable ones, from the raw logits."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text (the ids always hold them)."""
+    structured: StructuredOutput | None = None
+    """The form that the whole output has: a JSON schema, a regular expression, a grammar, a choice, a tool call."""
 
     def __post_init__(self) -> None:
         def need(name: str, fine: bool, what: str) -> None:
             if not fine:
                 raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}", field=name)
 
-        for name in ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed"):
+        for name in _WHOLE:
             value = getattr(self, name)
-            optional = name in ("max_tokens", "logprobs", "prompt_logprobs", "seed")
             whole = isinstance(value, int) and not isinstance(value, bool)
-            need(name, whole or (optional and value is None), "a whole number")
+            need(name, whole or (value is None and name in _OPTIONAL), "a whole number")
+        for name in _REAL:
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            need(name, number or (value is None and name in _OPTIONAL), "a number")
         need("n", self.n >= 1, "at least 1")
         need("temperature", 0.0 <= self.temperature < float("inf"), "0 or more")
         need("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
@@ -101,6 +203,54 @@ class SamplingParams:
         need("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
         need("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more")
         need("stop", all(self.stop_strings), "without empty strings")
+        need("structured", isinstance(self.structured, StructuredOutput | None), "a StructuredOutput")
+        need("typical_p", 0.0 < self.typical_p <= 1.0, "in (0, 1]")
+        need("epsilon_cutoff", 0.0 <= self.epsilon_cutoff < 1.0, "in [0, 1)")
+        need("eta_cutoff", 0.0 <= self.eta_cutoff < 1.0, "in [0, 1)")
+        need("top_n_sigma", 0.0 <= self.top_n_sigma < float("inf"), "0 (off) or more")
+        need("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more")
+        texts_or_ids = all(isinstance(word, str) or _are_ids(word) for word in self.bad_words or ())
+        need("bad_words", texts_or_ids and not isinstance(self.bad_words, str), "a list of texts or lists of token ids")
+        need("bad_words", all(len(word) > 0 for word in self.bad_words or ()), "without empty ones")
+        self._check_limits(need)
+        self._check_thinking(need)
+
+    def _check_limits(self, need: Callable[[str, bool, str], None]) -> None:
+        limit = float("inf") if self.max_tokens is None else self.max_tokens
+        if self.length_decay is not None:
+            need("length_decay", _is_pair(self.length_decay, Real), "(start, factor)")
+            start, factor = self.length_decay
+            need("length_decay", start >= 0 and start == int(start), "of a whole start, 0 or more")
+            need("length_decay", 0.0 < factor < float("inf"), "of a factor above 0")
+            need("length_decay", start < limit, f"of a start below max_tokens ({self.max_tokens})")
+            need("length_decay", not self.ignore_eos or bool(self.stop_token_ids), "off when ignore_eos leaves no end")
+        need("max_time", self.max_time is None or 0.0 < self.max_time < float("inf"), "above 0")
+        need("max_flops", self.max_flops is None or 0.0 < self.max_flops < float("inf"), "above 0")
+        need("stop_below_probability", 0.0 <= self.stop_below_probability <= 1.0, "in [0, 1]")
+        if self.repetition_stop is not None:
+            need("repetition_stop", _is_pair(self.repetition_stop, int), "(longest pattern, count), whole numbers")
+            longest, count = self.repetition_stop
+            need("repetition_stop", longest >= 1 and count >= 2, "(pattern of 1 or more, count of 2 or more)")
+            need("repetition_stop", count <= limit, f"of a count up to max_tokens ({self.max_tokens})")
+
+    def _check_thinking(self, need: Callable[[str, bool, str], None]) -> None:
+        limit = float("inf") if self.max_tokens is None else self.max_tokens
+        need("min_thinking_tokens", self.min_thinking_tokens >= 0, "0 or more")
+        need("min_thinking_tokens", self.min_thinking_tokens < limit, f"below max_tokens ({self.max_tokens})")
+        need("think_waits", self.think_waits >= 0, "0 or more")
+        need("think_end", isinstance(self.think_end, str) or _are_ids(self.think_end), "a text or token ids")
+        need("think_end", len(self.think_end) > 0, "of one token or more")
+        need("think_wait", self.think_wait != "" and not isinstance(self.think_wait, bool), "one token")
+        if (budget := self.thinking_budget) is not None:
+            need("thinking_budget", budget >= 0, "0 or more")
+            need("thinking_budget", budget < limit, f"below max_tokens ({self.max_tokens})")
+            need("min_thinking_tokens", self.min_thinking_tokens <= budget, f"at most thinking_budget ({budget})")
+            need("think_waits", self.think_waits <= budget, f"at most thinking_budget ({budget})")
+
+    @property
+    def limits_thinking(self) -> bool:
+        """True when any of the thinking options is set."""
+        return self.thinking_budget is not None or self.min_thinking_tokens > 0 or self.think_waits > 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -124,7 +274,29 @@ class SamplingParams:
         for name in values:
             if name not in known:
                 raise RequestError(f"unknown sampling parameter {name!r}.{closest(name, known)}", field=name)
+        if isinstance(form := values.get("structured"), Mapping):
+            values = {**values, "structured": StructuredOutput.from_dict(form)}
         return cls(**values)
+
+
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed", "max_time", "max_flops", "thinking_budget")
+_WHOLE = (
+    *("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed", "no_repeat_ngram_size"),
+    *("thinking_budget", "min_thinking_tokens", "think_waits"),
+)
+_REAL = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_n_sigma", "max_time"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "max_flops", "stop_below_probability"),
+)
+
+
+def _is_pair(value: object, kind: type) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and all(isinstance(part, kind) and not isinstance(part, bool) for part in cast("tuple[Any]", value))
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
 
 
 @dataclass(frozen=True)
@@ -163,6 +335,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
 
 
 @dataclass(frozen=True)
@@ -338,15 +512,51 @@ class Objective(Protocol):
         """Summed loss of each term in nats, float32 scalars."""
 
 
+@dataclass(frozen=True, slots=True)
+class LogitsRow:
+    """Whose a row of logits is, and all ids that stand before the token to choose."""
+
+    slot: int
+    """The completion's number in the batch, fixed while it runs. Several rows of one slot are drafts to verify."""
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    """Tokens generated so far, with the unverified draft tokens that stand before this row's token."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchUpdate:
+    """How the batch changed since the last step: applied in the order removed, moved, added."""
+
+    added: Sequence[tuple[int, SamplingParams, Sequence[int]]] = ()
+    """(slot, parameters, prompt ids) of each completion that begins; its slot is free."""
+    removed: Sequence[int] = ()
+    """Slots that became free."""
+    moved: Sequence[tuple[int, int]] = ()
+    """(from, to): what was in one slot is in another, free one now."""
+    end_ids: Mapping[int, Collection[int]] = field(default_factory=dict)
+    """For added slots, the token ids that end them; none for a slot that is not named."""
+
+
 class LogitsProcessor(Protocol):
-    """Changes the next-token logits of one request; used alike for single, batched and speculative decoding."""
+    """Changes next-token logits; used alike for single, batched and speculative decoding.
+
+    It keeps what it needs for each slot, told by `update`. What it does to a row depends on that row alone: on its
+    slot's parameters, its prompt and its output ids. A row may be asked for again with fewer output ids, when drafts
+    were refused.
+    """
 
     @property
     def is_argmax_invariant(self) -> bool:
         """True when `apply` can never change the most probable token, so greedy requests may skip it."""
 
-    def apply(self, logits: Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Tensor:
-        """New logits, shape (vocab,), given the ids so far. Must not modify its input."""
+    def validate(self, params: SamplingParams) -> None:
+        """Raises RequestError, naming the field, for parameters that this processor cannot serve."""
+
+    def update(self, change: BatchUpdate) -> None:
+        """Follow the batch: keep the state of each slot that this processor concerns."""
+
+    def apply(self, logits: Tensor, rows: Sequence[LogitsRow]) -> Tensor:
+        """New logits, shape (rows, vocab). Must not modify its input; returns that itself when no row is concerned."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_the_help_of_the_verbs_that_need_no_model_does_not_import_torch() -> None:
-    for verb in ("assets", "tokens", "serve", "import", "export", "inspect"):
+    for verb in ("assets", "tokens", "serve", "import", "export", "inspect", "bench"):
         code = f"from gristmill.cli import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass"
         assert "torch" not in imported(code), verb
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gristmill.engine.kv_cache import BLOCK_SIZE, Chunk, PagedKVCache, blocks_for
+from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
 from gristmill.errors import CheckpointError
 from gristmill.model.formats import huggingface
 from gristmill.model.formats.family import Family
@@ -22,6 +22,7 @@ from gristmill.model.formats.huggingface import load_huggingface, read_config, s
 from gristmill.model.memory import SequenceCache
 from gristmill.model.transformer import Transformer
 
+BLOCK_SIZE = 16
 LENGTH = 40
 ATOL = 1e-4
 
@@ -101,8 +102,8 @@ class DecoderFamilySuite:
         ids = token_ids(twin, rows=1)[0]
         expected = twin(ids[None]).logits[0]
         plain = SequenceCache(model.config)
-        paged = PagedKVCache(model.config, blocks_for(LENGTH) + 1, torch.float32, torch.device("cpu"))
-        table = list(range(blocks_for(LENGTH) + 1))[::-1]
+        paged = PagedKVCache(model.config, -(-LENGTH // BLOCK_SIZE) + 1, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+        table = list(range(-(-LENGTH // BLOCK_SIZE) + 1))[::-1]
         assert BLOCK_SIZE < LENGTH
         begin = 0
         for count in (7, 1, 1, 20, 1, 1, 9):

@@ -95,13 +95,18 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return (tiny.ids(length, seed, VOCABULARY - 3) + 3).tolist()
 
 
-@torch.inference_mode()
 def plain_greedy(ids: Sequence[int], count: int) -> list[int]:
     """The model run anew on the whole sequence for each token: no cache, no batch, no engine."""
     sequence = list(ids)
     for _ in range(count):
-        sequence.append(int(model()(torch.tensor(sequence))[-1].argmax()))
+        sequence.append(_next_token(tuple(sequence)))
     return sequence[len(ids) :]
+
+
+@functools.lru_cache(100_000)
+@torch.inference_mode()
+def _next_token(ids: tuple[int, ...]) -> int:
+    return int(model()(torch.tensor(ids))[-1].argmax())
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch
 from engine import helpers
 from engine.test_batching import count_preemptions
 from gristmill.engine.engine import Engine
-from gristmill.engine.scoring import score_completions
+from gristmill.engine.scoring import PackedForward, score_completions
 from gristmill.errors import RequestError
 from gristmill.model.config import FeedForwardConfig, LayerConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig
 from gristmill.model.memory import SequenceCache
@@ -64,7 +64,9 @@ def test_served_together_chunked_and_preempted_equals_a_plain_forward(
     )
     assert preempted
     found = [output.outputs[0] for output in outputs]
-    scores = score_completions(model, [(ids, one.token_ids) for (ids, _), one in zip(REQUESTS, found, strict=True)])
+    scores = score_completions(
+        PackedForward(model), [(ids, one.token_ids) for (ids, _), one in zip(REQUESTS, found, strict=True)]
+    )
     for (ids, _), output, one, score in zip(REQUESTS, outputs, found, scores, strict=True):
         rows = model(torch.tensor(ids + one.token_ids[:-1])).log_softmax(-1)
         assert rows[len(ids) - 1 :].argmax(dim=-1).tolist() == one.token_ids

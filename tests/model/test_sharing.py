@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gristmill.core import CAUSAL, AttentionRule
-from gristmill.engine.kv_cache import Chunk, PagedKVCache, blocks_for
+from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
 from gristmill.errors import CheckpointError
 from gristmill.model.attention.packed import PackedAttention
 from gristmill.model.config import LayerConfig, ModelConfig
@@ -20,6 +20,7 @@ from gristmill.model.memory import SequenceCache
 from gristmill.model.transformer import Transformer
 from model import tiny
 
+BLOCK_SIZE = 16
 LENGTH, LAYERS = 20, 4
 
 
@@ -30,7 +31,7 @@ def shared_keys(factor: int) -> tuple[LayerConfig, ...]:
 
 
 def paged(config: ModelConfig) -> PagedKVCache:
-    return PagedKVCache(config, blocks_for(LENGTH), torch.float32, torch.device("cpu"))
+    return PagedKVCache(config, -(-LENGTH // BLOCK_SIZE), BLOCK_SIZE, torch.float32, torch.device("cpu"))
 
 
 def nbytes(cache: PagedKVCache) -> int:
@@ -41,7 +42,7 @@ def nbytes(cache: PagedKVCache) -> int:
 def step_by_step(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor, SequenceCache, PagedKVCache]:
     """Logits (tokens, vocabulary) through both memories, in steps of several tokens and of one."""
     plain, pages = SequenceCache(model.config), paged(model.config)
-    table, begin = list(range(blocks_for(LENGTH)))[::-1], 0
+    table, begin = list(range(-(-LENGTH // BLOCK_SIZE)))[::-1], 0
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for count in (6, 1, 1, 9, 1, 2):
         part, positions = tokens[begin : begin + count], plain.extend(count)

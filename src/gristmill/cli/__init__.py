@@ -19,6 +19,8 @@ VERBS = {
     "serve": "serve a model over the OpenAI HTTP interface, with a chat page",
     "import": "write a checkpoint from elsewhere as a directory of ours, verified against its original",
     "export": "write a model for other programs: a Hugging Face directory with a model card, or a GGUF file",
+    "bench": "measure the engine under load: latency, throughput, memory, energy, money, and what binds",
+    "quantize": "write a model with weights of eight or four bits, and tell what that costs",
     "inspect": "tell what a model is and what it costs, from the headers of its files",
     "assets": "list, fetch and verify models and data sets",
     "tokens": "show how a conversation is tokenised and which tokens are trained",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
+from typing import Protocol
 
 from gristmill.core import SamplingParams
+from gristmill.tokens.token_bytes import TokenBytes
 from gristmill.tokens.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -13,70 +16,126 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Detokenizer:
     """Turns tokens into text one at a time. `text` is safe to send: it only ever grows.
 
-    Held back are bytes that do not yet make a character, and a tail that may become a stop string.
+    Held back are bytes that do not yet make a character, and a tail that may become a stop string. Without stop
+    strings nothing is decoded before somebody reads `text`.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.text = ""
-        self._tokenizer = tokenizer
         self._stops = params.stop_strings
         self._keep_stop = params.include_stop_str_in_output
-        self._skip_special = params.skip_special_tokens
-        self._ids: list[int] = []
-        # ids[prefix:read] are decoded already; they are decoded again as context of what follows, because some
-        # decoders treat the start of a text specially. `taken` characters of ids[prefix:] are in `decoded`.
-        self._prefix = self._read = self._taken = 0
-        self._decoded = ""
+        table = tokenizer.token_bytes
+        self._decoder: _Decoder = (
+            _Windows(tokenizer, params.skip_special_tokens)
+            if table is None
+            else _Bytes(table, params.skip_special_tokens)
+        )
+        self._waiting: list[int] = []  # ids that are not decoded yet
+        self._text = ""
+        self._held = ""  # decoded, and the beginning of a stop string
+        self._stopped: str | None = None  # the text up to a stop string that was found, until more tokens come
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        if self._waiting:
+            self._text += self._decoder.push(self._waiting)
+            self._waiting = []
+        return self._text if self._stopped is None else self._stopped
 
     def append(self, token_ids: Sequence[int]) -> str | None:
         """Take new tokens; returns the stop string that now ends the text, or None."""
-        self._ids.extend(token_ids)
-        window = self._decode(self._ids[self._prefix :])
-        whole = window.rstrip(_REPLACEMENT)  # bytes at the end may be the beginning of a character
-        if len(whole) <= self._taken:
+        if not self._stops:
+            self._waiting += token_ids
             return None
-        stop = self._take(whole)
-        if len(whole) == len(window):
-            self._prefix, self._read = self._read, len(self._ids)
-            self._taken = len(self._decode(self._ids[self._prefix :]))
-        if stop is None:
-            self.text = self._decoded[: len(self._decoded) - self._held_back()]
-        return stop
+        return self._take(self._decoder.push(token_ids))
 
     def finish(self) -> str | None:
         """Release what was held back, for no more tokens come; returns the stop string that ends it, or None."""
-        stop = self._take(self._decode(self._ids[self._prefix :]))
-        if stop is None:
-            self.text = self._decoded
-        return stop
+        if self._stops:
+            return self._take(self._decoder.finish(), final=True)
+        self._text = self.text + self._decoder.finish()
+        return None
 
-    def _take(self, window: str) -> str | None:
-        searched = len(self._decoded)
-        self._decoded += window[self._taken :]
-        self._taken = len(window)
-        return self._find_stop(searched)
+    def _take(self, new: str, *, final: bool = False) -> str | None:
+        """Add decoded text, but not the end of it that may become a stop string."""
+        window = self._held + new
+        found = self._find_stop(window, len(self._held))
+        self._stopped = None if found is None else self._text + window[: found[0]]
+        release = len(window) if final else len(window) - self._beginning(window)
+        self._text += window[:release]
+        self._held = window[release:]
+        return None if found is None else found[1]
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
-
-    def _find_stop(self, searched: int) -> str | None:
-        """The earliest stop string in the text; ends the text there."""
-        found: tuple[int, int, str] | None = None
+    def _find_stop(self, window: str, searched: int) -> tuple[int, str] | None:
+        """Where the text ends that the earliest stop string leaves, and that string."""
+        found: tuple[int, str] | None = None
         for stop in self._stops:
-            at = self._decoded.find(stop, max(0, searched - len(stop) + 1))
+            at = window.find(stop, max(0, searched - len(stop) + 1))
             if at >= 0 and (found is None or at < found[0]):
-                found = (at, at + len(stop), stop)
-        if found is None:
-            return None
-        self.text = self._decoded[: found[1] if self._keep_stop else found[0]]
-        return found[2]
+                found = at, stop
+        if found is None or not self._keep_stop:
+            return found
+        return found[0] + len(found[1]), found[1]
 
-    def _held_back(self) -> int:
+    def _beginning(self, window: str) -> int:
         """Length of the longest tail that is the beginning of a stop string."""
         longest = 0
         for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
-                if self._decoded.endswith(stop[:length]):
+            for length in range(min(len(stop) - 1, len(window)), longest, -1):
+                if window.endswith(stop[:length]):
                     longest = length
                     break
         return longest
+
+
+class _Decoder(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The characters that are complete now and were not before."""
+
+    def finish(self) -> str:
+        """What is left, with U+FFFD for what makes no character."""
+
+
+class _Bytes:
+    """Tokens that are bytes, whatever stands beside them."""
+
+    def __init__(self, table: TokenBytes, skip_special_tokens: bool) -> None:
+        self._table, self._skip = table, skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return self._utf8.decode(self._table.join(token_ids, skip_special_tokens=self._skip))
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _Windows:
+    """Any other tokens: the last ones are decoded again as context of new ones, because some decoders treat the start
+    of a text specially."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._ids: list[int] = []
+        # ids[prefix:read] are decoded already; `taken` characters of ids[prefix:] are
+        self._prefix = self._read = self._taken = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        self._ids.extend(token_ids)
+        window = self._decode()
+        whole = window.rstrip(_REPLACEMENT)  # bytes at the end may be the beginning of a character
+        new = whole[self._taken :]
+        if new:
+            self._taken = len(whole)
+            if len(whole) == len(window):
+                self._prefix, self._read = self._read, len(self._ids)
+                self._taken = len(self._decode())
+        return new
+
+    def finish(self) -> str:
+        window, taken = self._decode(), self._taken
+        self._taken = len(window)
+        return window[taken:]
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids[self._prefix :], skip_special_tokens=self._skip)

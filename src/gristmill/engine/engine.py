@@ -6,33 +6,53 @@ thread owns an engine.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from gristmill.core import Prompt, RequestOutput, SamplingParams
-from gristmill.engine import sampling
-from gristmill.engine.kv_cache import BlockPool, Chunk, PagedKVCache, blocks_for
-from gristmill.engine.request import Completion, Request
-from gristmill.engine.scheduler import Scheduler
+from gristmill.core import LogitsProcessor, Prompt, RequestOutput, SamplingParams
+from gristmill.engine.choosing import Chooser
+from gristmill.engine.memory.block_pool import BlockPool, salt
+from gristmill.engine.memory.paged_cache import Chunk
+from gristmill.engine.metrics.counters import EngineMetrics
+from gristmill.engine.pacing import Pacing
+from gristmill.engine.request import Completion, Request, Standing
+from gristmill.engine.runner import Runner, TorchRunner
+from gristmill.engine.sampling.logprobs import prompt_logprobs
+from gristmill.engine.scheduling.policies import Policy
+from gristmill.engine.scheduling.scheduler import Scheduled, Scheduler
+from gristmill.engine.speculation.adaptive import AdaptiveProposer
+from gristmill.engine.speculation.proposer import DraftRequest, Proposer
+from gristmill.engine.stopping import generation_flops
 from gristmill.errors import RequestError
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
+
+RunnerFactory = Callable[[int, int], Runner]
+"""Makes a runner for so many blocks of so many tokens."""
 
 
 class Engine:
     """Runs one model for any number of requests.
 
     max_model_len: most tokens of a prompt and its output; None takes the model's context, or what fits in memory.
-    kv_cache_tokens: how many tokens' keys and values fit in memory, over all requests.
-    max_num_batched_tokens: most tokens of one forward; longer prompts are computed in parts.
-    seed: requests without a seed of their own draw theirs from it, in order of arrival.
+    kv_cache_tokens: how many tokens' keys and values fit in memory, over all requests. kv_cache_dtype: None for the
+    weights' type, or float32, bfloat16, int8. block_size: tokens of a block of that memory.
+    max_num_seqs: most sequences of one step. max_num_batched_tokens: most tokens of one forward; longer prompts are
+    computed in parts. prefix_caching: keep what was computed of prompts for requests that begin alike.
+    policy: who goes first; None for first come, first served. itl_stretch: at 2, prompts are cut so that a step takes
+    no more than about twice as long as without them; None lets them go as fast as they can.
+    proposer: drafts tokens that the model then verifies several at a time. processors: further changes of logits.
+    runner: what computes steps; None for the plain PyTorch forward.
+    seed: requests without a seed of their own draw theirs from it, in order of arrival. clock: seconds, for tests.
 
     Raises RequestError naming an option that is out of range.
     """
@@ -44,14 +64,25 @@ class Engine:
         *,
         max_model_len: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
+        block_size: int = 16,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
+        prefix_caching: bool = True,
+        policy: Policy | None = None,
+        itl_stretch: float | None = None,
+        proposer: Proposer | None = None,
+        processors: Ids[LogitsProcessor] = (),
+        runner: RunnerFactory | None = None,
         seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.config = model, tokenizer, model.config
         context = model.config.context
-        _need_at_least_one(kv_cache_tokens=kv_cache_tokens, max_num_seqs=max_num_seqs)
+        _need_at_least_one(kv_cache_tokens=kv_cache_tokens, max_num_seqs=max_num_seqs, block_size=block_size)
         _need_at_least_one(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens)
+        if itl_stretch is not None and not itl_stretch > 1:
+            raise RequestError(f"itl_stretch must be above 1, got {itl_stretch}", field="itl_stretch")
         if max_model_len is not None and max_model_len > min(context, kv_cache_tokens or context):
             raise RequestError(
                 f"max_model_len {max_model_len} exceeds the model's context of {context}"
@@ -60,16 +91,35 @@ class Engine:
             )
         self.max_model_len = max_model_len or min(context, kv_cache_tokens or context)
         # a whole request always fits, so the oldest one can always go on
-        num_blocks = blocks_for(kv_cache_tokens or max(self.max_model_len, 16_384))
-        weight = model.embed_tokens.weight
-        self.device = weight.device
-        self.cache = PagedKVCache(model.config, num_blocks, weight.dtype, weight.device)
-        self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        num_blocks = -(-(kv_cache_tokens or max(self.max_model_len, 16_384)) // block_size)
+        self.runner = (
+            runner(num_blocks, block_size) if runner else _torch_runner(model, kv_cache_dtype)(num_blocks, block_size)
+        )
+        self.pool = BlockPool(num_blocks, block_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
+            prefix_caching=prefix_caching,
+        )
+        self.chooser = Chooser(self.runner, tokenizer, model.config.vocab_size, processors)
+        self.pacing, self.metrics, self.clock = Pacing(itl_stretch), EngineMetrics(), clock
+        self.proposer: AdaptiveProposer | None = None
+        if proposer is not None:
+            self.speculate(proposer)
         self._requests: dict[str, Request] = {}
+        self._numbers = itertools.count()
         self._seeds = torch.Generator().manual_seed(seed)
 
-    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        standing: Standing | None = None,
+    ) -> str:
         """Queue a request and return its id.
 
         Raises RequestError, naming the field, for an empty prompt, one that does not fit the context with its
@@ -84,11 +134,30 @@ class Engine:
         seed = params.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
-        request = Request(request_id, text, ids, params, self.tokenizer, self.max_model_len, seed)
+        standing = standing or Standing()
+        request = Request(
+            request_id,
+            text,
+            ids,
+            params,
+            tokenizer=self.tokenizer,
+            max_model_len=self.max_model_len,
+            seed=seed,
+            numbers=self._numbers,
+            clock=self.clock,
+            standing=standing,
+            # every prompt token's own log-probability needs its state, which a cached block does not hold
+            flops=generation_flops(self.config, len(ids)),
+            cache_root=None if params.prompt_logprobs is not None else salt(*filter(None, [standing.cache_salt])),
+        )
         self._requests[request_id] = request
         for completion in request.completions:
             self.scheduler.add(completion)
         return request_id
+
+    def speculate(self, proposer: Proposer) -> None:
+        """From now on let `proposer` draft tokens, as many as pay; an AdaptiveProposer is taken as it is."""
+        self.proposer = proposer if isinstance(proposer, AdaptiveProposer) else AdaptiveProposer(proposer)
 
     def has_unfinished(self) -> bool:
         """True while any request is queued or running."""
@@ -99,31 +168,30 @@ class Engine:
         request = self._requests.pop(request_id, None)
         for completion in request.completions if request else ():
             if completion.finish_reason is None:
-                self.scheduler.remove(completion)
+                self._leave(completion)
 
     @torch.inference_mode()
-    def step(self) -> list[RequestOutput]:
-        """Compute one batch. Returns the requests that advanced, each with all its output so far."""
-        scheduled = [(cast(Completion, sequence), count) for sequence, count in self.scheduler.schedule()]
+    def step(self, *, finished_only: bool = False) -> list[RequestOutput]:
+        """Compute one batch. Returns the requests that advanced, each with all its output so far; with
+        `finished_only` only those that are done."""
+        started = time.perf_counter()
+        scheduled = self._schedule()
         if not scheduled:
             return []
+        planned = time.perf_counter()
         hidden = self._forward(scheduled)
-        ready: list[tuple[Completion, int]] = []  # completions to sample for, with their row of `hidden`
-        row = 0
-        for completion, count in scheduled:
-            if completion.request.params.prompt_logprobs is not None and completion.index == 0:
-                self._record_prompt(completion, hidden[row : row + count])
-            row += count
-            completion.num_computed_tokens += count
-            if completion.num_missing_tokens == 0:
-                ready.append((completion, row - 1))
+        computed = time.perf_counter()
+        ready = self._ready(scheduled, hidden)
+        drafted = sum(len(completion.draft.token_ids) for completion, _ in ready if completion.draft is not None)
         if ready:
-            self._sample([completion for completion, _ in ready], hidden[[last for _, last in ready]])
-        return self._collect([completion for completion, _ in ready])
+            self._choose(ready, hidden)
+        outputs = self._collect([completion for completion, _ in ready], finished_only)
+        self._measure(scheduled, drafted, planned - started, computed - planned, time.perf_counter() - computed)
+        return outputs
 
     def token_ids(self, field: str, tokens: Iterable[object]) -> list[int]:
         """The ids as plain integers. Raises RequestError for one that is none or is not in the vocabulary."""
-        vocabulary = self.model.config.vocab_size
+        vocabulary = self.config.vocab_size
         ids: list[int] = []
         for token in tokens:
             try:
@@ -136,9 +204,8 @@ class Engine:
         return ids
 
     def check_integrity(self) -> None:
-        """Every block is free or owned by exactly one unfinished completion. Raises AssertionError otherwise."""
-        open_tables = [c.block_table for r in self._requests.values() for c in r.completions]
-        self.pool.check_integrity(open_tables)
+        """Every block is free, cached, or held by the completions that count on it. Raises AssertionError otherwise."""
+        self.pool.check_integrity([c.block_table for r in self._requests.values() for c in r.completions])
 
     def _check(self, ids: Ids[int], params: SamplingParams) -> None:
         if not ids:
@@ -149,6 +216,7 @@ class Engine:
             raise RequestError(f"logit_bias {bad[0]} is not a finite number or -inf", field="logit_bias")
         if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
             raise RequestError(f"seed {params.seed} is no signed 64-bit number", field="seed")
+        self.chooser.sampler.validate(params)
         code = "context_length_exceeded"
         if len(ids) >= self.max_model_len:
             raise RequestError(
@@ -164,20 +232,108 @@ class Engine:
                 code=code,
             )
 
-    def _forward(self, scheduled: list[tuple[Completion, int]]) -> Tensor:
-        """Final hidden states (tokens, hidden) of all scheduled tokens."""
+    def _schedule(self) -> list[Scheduled]:
+        """Decide on a step, and have its drafts made."""
+        deciding = 0
+        for sequence in self.scheduler.running:
+            completion = cast(Completion, sequence)
+            completion.num_lookahead = 0
+            if sequence.num_missing_tokens == 1:
+                deciding += 1
+                if self.proposer is not None:
+                    # the last token of all is never drafted: it would have nothing to verify
+                    room = completion.max_tokens - len(completion.output_ids) - 1
+                    completion.num_lookahead = min(self.proposer.max_tokens, room)
+        scheduled = self.scheduler.schedule(self.clock(), self.pacing.limit(deciding))
+        if self.scheduler.copies:
+            self.runner.copy_blocks(self.scheduler.copies)
+        for sequence, _ in scheduled:
+            completion = cast(Completion, sequence)
+            if completion.slot is None:
+                self.metrics.prompt_tokens += sequence.num_prompt_tokens
+                self.metrics.cached_prompt_tokens += sequence.num_cached_tokens
+                self.chooser.enter(completion)
+        if self.proposer is not None:
+            self._propose([cast(Completion, sequence) for sequence, _ in scheduled if sequence.num_lookahead > 0])
+        return scheduled
+
+    def _propose(self, completions: list[Completion]) -> None:
+        assert self.proposer is not None
+        if not completions:
+            return
+        drafts = self.proposer.propose([_draft_request(completion) for completion in completions])
+        for completion, draft in zip(completions, drafts, strict=True):
+            assert len(draft.token_ids) <= completion.num_lookahead, "a draft longer than its blocks"
+            completion.draft = draft if draft.token_ids else None
+
+    def _forward(self, scheduled: list[Scheduled]) -> Tensor:
+        """Final hidden states (tokens, hidden) of all scheduled tokens, each sequence's draft after its own."""
         ids: list[int] = []
-        positions: list[int] = []
         chunks: list[Chunk] = []
-        for completion, count in scheduled:
-            start = completion.num_computed_tokens
-            ids += completion.token_ids[start : start + count]
-            positions += range(start, start + count)
-            chunks.append(Chunk(completion.block_table, start, count))
-        self.cache.plan(chunks)
-        return self.model.hidden_states(
-            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), self.cache
-        )
+        for sequence, count in scheduled:
+            start = sequence.num_computed_tokens
+            ids += sequence.token_ids[start : start + count]
+            draft = cast(Completion, sequence).draft
+            drafted = draft.token_ids if draft is not None else ()
+            ids += drafted
+            chunks.append(Chunk(sequence.block_table, start, count + len(drafted)))
+        return self.runner.hidden_states(ids, chunks)
+
+    def _ready(self, scheduled: list[Scheduled], hidden: Tensor) -> list[tuple[Completion, int]]:
+        """The completions whose next token can be chosen, each with the row of its last token. The others are recorded
+        as computed so far."""
+        ready: list[tuple[Completion, int]] = []
+        row = 0
+        for sequence, count in scheduled:
+            completion = cast(Completion, sequence)
+            if completion.request.params.prompt_logprobs is not None and completion.index == 0:
+                self._record_prompt(completion, hidden[row : row + count])
+            known = row + count - 1  # where its last known token is; drafted ones follow
+            last = known + (len(completion.draft.token_ids) if completion.draft else 0)
+            row = last + 1
+            finished = count == sequence.num_missing_tokens
+            self.scheduler.computed(sequence, sequence.num_computed_tokens + count)
+            if not finished:
+                continue
+            ready.append((completion, last))
+            if completion.index == 0 and not completion.output_ids:
+                others = completion.request.completions[1:]
+                ready += [(other, known) for other in others if self._fork(completion, other)]
+        return ready
+
+    def _fork(self, completion: Completion, other: Completion) -> bool:
+        """Let another completion of a prompt choose its first token from the same state."""
+        if other.slot is not None or not self.scheduler.fork(completion, other):
+            return False
+        self.metrics.prompt_tokens += other.num_prompt_tokens
+        self.metrics.cached_prompt_tokens += other.num_cached_tokens
+        self.chooser.enter(other)
+        return True
+
+    def _choose(self, ready: list[tuple[Completion, int]], hidden: Tensor) -> None:
+        accepted = self.chooser.choose(ready, hidden)
+        for (completion, _), count in zip(ready, accepted, strict=True):
+            draft, completion.draft = completion.draft, None
+            if draft is not None:
+                self.metrics.drafted_tokens += len(draft.token_ids)
+                self.metrics.accepted_tokens += count
+                if self.proposer is not None and completion.slot is not None:
+                    self.proposer.record(completion.slot, len(draft.token_ids), count)
+                if count:  # the keys and values of accepted tokens stay, those of the others are written again
+                    known = len(completion.token_ids) - 1
+                    self.scheduler.computed(completion, min(completion.num_computed_tokens + count, known))
+            if completion.finish_reason is not None:
+                self.metrics.generated_tokens += len(completion.output_ids)
+                self._leave(completion)
+
+    def _leave(self, completion: Completion) -> None:
+        if completion.index == 0:
+            for other in completion.request.completions:  # nobody waits for what will not come
+                other.leader = None
+        self.scheduler.remove(completion)
+        if self.proposer is not None and completion.slot is not None:
+            self.proposer.forget(completion.slot)
+        self.chooser.leave(completion)
 
     def _record_prompt(self, completion: Completion, hidden: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the computed ones."""
@@ -186,47 +342,65 @@ class Engine:
         # computed again after a preemption: what was recorded stays
         skip = max(0, len(request.prompt_logprobs) - 1 - start)
         if following[skip:]:
-            logits = self.model.logits(hidden[skip : len(following)]).float()
             count = request.params.prompt_logprobs or 0
-            rows = sampling.top_logprobs(logits.log_softmax(-1), following[skip:], count, self.tokenizer)
-            request.prompt_logprobs += rows
+            request.prompt_logprobs += prompt_logprobs(
+                hidden[skip : len(following)], self.runner.logits, following[skip:], count, self.tokenizer
+            )
 
-    def _sample(self, completions: list[Completion], hidden: Tensor) -> None:
-        """Choose the next token of each completion from its last hidden state, (completions, hidden)."""
-        logits: Tensor = self.model.logits(hidden).float()
-        highest, best = logits.max(dim=-1)
-        tokens: list[int] = best.tolist()
-        finite: list[bool] = highest.isfinite().tolist()  # the maximum of a row with NaN is NaN
-        for row, completion in enumerate(completions):
-            request, params = completion.request, completion.request.params
-            if sampling.needs_processing(params, completion.num_output_tokens):
-                own = sampling.process_logits(
-                    logits[row], params, request.prompt_ids, completion.output_ids, tuple(request.end_ids)
-                )
-                finite[row] = bool(own.max().isfinite())
-                if not finite[row]:
-                    continue
-                if params.temperature > 0:
-                    tokens[row] = sampling.draw(sampling.filtered(own, params), completion.generator)
-                else:
-                    tokens[row] = int(own.argmax())
-            if params.logprobs is not None and finite[row]:
-                logprobs = logits[row : row + 1].log_softmax(-1)
-                completion.logprobs += sampling.top_logprobs(logprobs, [tokens[row]], params.logprobs, self.tokenizer)
-        for completion, token, fine in zip(completions, tokens, finite, strict=True):
-            if fine:
-                completion.append(token)
-            else:
-                completion.fail("no token can be chosen: the logits are not numbers, or all tokens are banned")
-            if completion.finish_reason is not None:
-                self.scheduler.remove(completion)
-
-    def _collect(self, advanced: list[Completion]) -> list[RequestOutput]:
+    def _collect(self, advanced: list[Completion], finished_only: bool) -> list[RequestOutput]:
         requests = dict.fromkeys(completion.request for completion in advanced)
         for request in requests:
             if request.finished:
                 del self._requests[request.request_id]
-        return [request.output() for request in requests]
+                self.metrics.finished_requests += 1
+        return [request.output() for request in requests if request.finished or not finished_only]
+
+    def _measure(
+        self,
+        scheduled: list[Scheduled],
+        drafted: int,
+        schedule: float,
+        forward: float,
+        sample: float,
+    ) -> None:
+        """Count a step; the times are seconds."""
+        metrics, pool = self.metrics, self.pool
+        prompt = sum(count for _, count in scheduled if count > 1)
+        self.pacing.measured(forward, sum(count == 1 for _, count in scheduled), prompt)
+        if self.proposer is not None and not prompt:
+            self.proposer.cost.observe(schedule + forward + sample, len(scheduled), drafted)
+        metrics.steps += 1
+        metrics.scheduled_tokens += sum(count for _, count in scheduled)
+        metrics.preempted = self.scheduler.num_preempted
+        metrics.running, metrics.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        metrics.blocks_free, metrics.blocks_cached = pool.num_free - pool.num_cached, pool.num_cached
+        metrics.blocks_used = pool.num_blocks - pool.num_free
+        metrics.schedule_seconds.add(schedule)
+        metrics.forward_seconds.add(forward)
+        metrics.sample_seconds.add(sample)
+
+
+def _torch_runner(model: Transformer, kv_dtype: torch.dtype | None) -> RunnerFactory:
+    dtype = kv_dtype or model.embed_tokens.weight.dtype
+
+    def make(num_blocks: int, block_size: int) -> Runner:
+        return TorchRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype)
+
+    return make
+
+
+def _draft_request(completion: Completion) -> DraftRequest:
+    assert completion.slot is not None
+    request = completion.request
+    return DraftRequest(
+        slot=completion.slot,
+        token_ids=completion.token_ids,
+        limit=completion.num_lookahead,
+        block_table=completion.block_table,
+        temperature=request.params.temperature,
+        seed=request.seed,
+        index=completion.index,
+    )
 
 
 def _need_at_least_one(**options: int | None) -> None:

@@ -1,59 +1,54 @@
-"""One request in the making: its completions, their random states, texts and log-probabilities."""
+"""One request in the making: its completions, their texts and log-probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
-import torch
-
 from gristmill.core import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 from gristmill.engine.detokenizer import Detokenizer
-from gristmill.engine.scheduler import Sequence
+from gristmill.engine.scheduling.sequence import Sequence
+from gristmill.engine.speculation.proposer import Draft
+from gristmill.engine.stopping import Stopper
 from gristmill.tokens.tokenizer import Tokenizer
-
-_SEED_STEP = 0x9E3779B97F4A7C15
-"""Between the completions of a request, so that the second of one seed is not the first of the next seed."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Completion(Sequence):
-    """A sequence with what sampling needs."""
+    """A sequence with what choosing and ending need."""
 
     request: Request
     index: int
-    max_tokens: int
-    generator: torch.Generator
     detokenizer: Detokenizer
+    stopper: Stopper
+    max_tokens: int
+    slot: int | None = None
+    """Its number among those the sampler knows, from its first step to its end."""
+    output_ids: list[int] = field(default_factory=list)
+    """Tokens generated so far."""
+    draft: Draft | None = None
+    """What this step verifies."""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
 
-    @property
-    def output_ids(self) -> list[int]:
-        """Tokens generated so far."""
-        return self.token_ids[len(self.request.prompt_ids) :]
-
-    @property
-    def num_output_tokens(self) -> int:
-        """How many that are."""
-        return len(self.token_ids) - len(self.request.prompt_ids)
-
-    def append(self, token: int) -> None:
-        """Take a sampled token and see whether the completion ends with it."""
+    def append(self, token: int, probability: float | None = None) -> None:
+        """Take a chosen token and see whether the completion ends with it."""
         self.token_ids.append(token)
-        params, long_enough = self.request.params, self.num_output_tokens >= self.request.params.min_tokens
-        if long_enough and token in self.request.end_ids:
-            self._end("stop", token if token in (params.stop_token_ids or ()) else None, [token])
+        self.output_ids.append(token)
+        ended = self.stopper.check(self.output_ids, probability)
+        if ended is not None and ended[0] == "stop" and token in self.request.end_ids:
+            self._end(*ended, [token])
             return
         stop = self.detokenizer.append([token])
-        if stop is not None and long_enough:
+        if stop is not None and len(self.output_ids) >= self.request.params.min_tokens:
             self.finish_reason, self.stop_reason = "stop", stop
-        elif self.num_output_tokens >= self.max_tokens:
-            self._end("length", None, [])
+        elif ended is not None:
+            self._end(*ended, [])
 
-    def _end(self, reason: FinishReason, stop_reason: int | None, last: list[int]) -> None:
+    def _end(self, reason: FinishReason, stop_reason: int | str | None, last: list[int]) -> None:
         # a special end token is skipped by the detokenizer; an ordinary one that the caller named is left out as well
         stop = None
         if last and not self.request.params.skip_special_tokens:
@@ -72,13 +67,14 @@ class Completion(Sequence):
     def output(self) -> CompletionOutput:
         """What the caller sees now."""
         asked = self.request.params.logprobs is not None
-        ids = self.output_ids
         return CompletionOutput(
             index=self.index,
             text=self.detokenizer.text,
-            token_ids=ids,
+            token_ids=list(self.output_ids),
             cumulative_logprob=(
-                sum(entry[token].logprob for entry, token in zip(self.logprobs, ids, strict=True)) if asked else None
+                sum(entry[token].logprob for entry, token in zip(self.logprobs, self.output_ids, strict=True))
+                if asked
+                else None
             ),
             logprobs=list(self.logprobs) if asked else None,
             finish_reason=self.finish_reason,
@@ -87,8 +83,24 @@ class Completion(Sequence):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a request stands among others: what policies order by, and with whom it shares cached prompts."""
+
+    priority: int = 0
+    """Lower goes first under the priority policy."""
+    deadline: float | None = None
+    """Seconds on the engine's clock by which it should be done, for the deadline policy."""
+    user: str = ""
+    """Whose request it is, for fairness between users."""
+    cache_salt: str | None = None
+    """Requests share cached prompts with those of the same salt only."""
+
+
 class Request:
-    """A prompt, its parameters and its n completions."""
+    """A prompt, its parameters and its n completions. numbers: of completions, in order of
+    arrival. clock: the engine's, in seconds. flops:
+    operations spent when so many output tokens stand."""
 
     def __init__(
         self,
@@ -96,26 +108,43 @@ class Request:
         prompt: str | None,
         prompt_ids: list[int],
         params: SamplingParams,
+        *,
         tokenizer: Tokenizer,
         max_model_len: int,
         seed: int,
+        numbers: Iterator[int],
+        clock: Callable[[], float],
+        standing: Standing,
+        cache_root: bytes | None,
+        flops: Callable[[int], float] | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids, self.params = request_id, prompt, prompt_ids, params
+        self.seed, self.arrived_at = seed, clock()
         model_ends: Ids[int] = () if params.ignore_eos else tokenizer.stop_token_ids
         self.end_ids = frozenset([*model_ends, *(params.stop_token_ids or ())])
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
-        room = max_model_len - len(prompt_ids)
+        self.is_plain = _is_plain(params)
+        max_tokens = max_model_len - len(prompt_ids) if params.max_tokens is None else params.max_tokens
         self.completions = [
             Completion(
                 token_ids=list(prompt_ids),
+                num_prompt_tokens=len(prompt_ids),
                 request=self,
                 index=index,
-                max_tokens=room if params.max_tokens is None else params.max_tokens,
-                generator=torch.Generator().manual_seed((seed + index * _SEED_STEP) % (1 << 64)),
+                max_tokens=max_tokens,
                 detokenizer=Detokenizer(tokenizer, params),
+                stopper=Stopper(params, self.end_ids, max_tokens, clock, flops),
+                arrival=next(numbers),  # no two are equal, or they would preempt each other in turn
+                arrived_at=self.arrived_at,
+                priority=standing.priority,
+                deadline=standing.deadline,
+                user=standing.user,
+                cache_root=cache_root,
             )
             for index in range(params.n)
         ]
+        for completion in self.completions[1:]:
+            completion.leader = self.completions[0]
 
     @property
     def finished(self) -> bool:
@@ -131,4 +160,19 @@ class Request:
             outputs=[completion.output() for completion in self.completions],
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
+            num_cached_tokens=self.completions[0].num_cached_tokens,
         )
+
+
+_NOT_THE_CHOICE = frozenset(
+    ("n", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "max_tokens", "max_time")
+) | frozenset(("max_flops", "repetition_stop", "prompt_logprobs", "skip_special_tokens"))
+"""Fields that do not change which token comes next, nor ask for its probability."""
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    """True when the next token is the most probable one, and nobody asks how probable it was."""
+    plain = SamplingParams(temperature=0.0)
+    return all(
+        name in _NOT_THE_CHOICE or getattr(params, name) == getattr(plain, name) for name in params.__dataclass_fields__
+    )

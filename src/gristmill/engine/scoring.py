@@ -1,14 +1,19 @@
-"""Scores and embeddings: packed forwards without a key-value memory, the very path training takes."""
+"""Scores and embeddings of whole texts, several in one forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gristmill.core import Score
+from gristmill.engine.memory.block_pool import BlockPool
+from gristmill.engine.memory.paged_cache import Chunk
+from gristmill.engine.runner import Runner
+from gristmill.errors import RequestError
 from gristmill.model.attention.packed import PackedAttention, segment_positions
 from gristmill.model.transformer import Transformer
 
@@ -17,14 +22,74 @@ _HEAD_ROWS = 512
 """Rows of logits in memory at once: with a vocabulary of 50,000 about 100 MB."""
 
 
+class Forward(Protocol):
+    """Runs whole texts."""
+
+    max_tokens: int
+    """Most tokens of one call, unless a single text is longer."""
+
+    def hidden(self, segments: Sequence[list[int]]) -> Tensor:
+        """Final hidden states (tokens, hidden) of texts that lie one after another."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, hidden) -> (rows, vocab), float32."""
+
+
+class PackedForward:
+    """Without a key-value memory: the very path training takes, so the values are the trainer's bit for bit."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.max_tokens = model, _BATCH_TOKENS
+
+    def hidden(self, segments: Sequence[list[int]]) -> Tensor:
+        """See `Forward.hidden`."""
+        device = self.model.embed_tokens.weight.device
+        ids = torch.tensor([token for segment in segments for token in segment], device=device)
+        lengths = [len(segment) for segment in segments]
+        return self.model.hidden_states(ids, segment_positions(lengths, device), PackedAttention(lengths, device))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Forward.logits`."""
+        return self.model.logits(hidden).float()
+
+
+class PagedForward:
+    """Through an engine's runner, in blocks that are free at the time."""
+
+    def __init__(self, runner: Runner, pool: BlockPool) -> None:
+        self.runner, self.pool = runner, pool
+        self.max_tokens = min(_BATCH_TOKENS, pool.num_blocks * pool.block_size // 2)
+
+    def hidden(self, segments: Sequence[list[int]]) -> Tensor:
+        """See `Forward.hidden`. Raises RequestError when running requests leave too few blocks."""
+        needed = sum(self.pool.blocks_for(len(segment)) for segment in segments)
+        if needed > self.pool.num_free:
+            raise RequestError(
+                f"{needed} blocks are needed and {self.pool.num_free} are free; wait for running requests, or raise "
+                "kv_cache_tokens",
+                field="kv_cache_tokens",
+            )
+        tables = [self.pool.take(self.pool.blocks_for(len(segment))) for segment in segments]
+        try:
+            chunks = [Chunk(table, 0, len(segment)) for table, segment in zip(tables, segments, strict=True)]
+            return self.runner.hidden_states([token for segment in segments for token in segment], chunks).clone()
+        finally:
+            for table in tables:
+                self.pool.release(table)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Forward.logits`."""
+        return self.runner.logits(hidden)
+
+
 @torch.inference_mode()
-def score_completions(model: Transformer, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+def score_completions(forward: Forward, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
     """Log-probability of each completion after its prompt; both non-empty ids. Sorted by length inside, not outside."""
     scores: list[Score | None] = [None] * len(pairs)
-    for members in _batches([len(prompt) + len(completion) for prompt, completion in pairs]):
+    for members in _batches([len(prompt) + len(completion) for prompt, completion in pairs], forward.max_tokens):
         # the last completion token predicts nothing: it is left out of the forward
         segments = [(pairs[i][0] + pairs[i][1])[:-1] for i in members]
-        hidden = _hidden(model, segments)
+        hidden = forward.hidden(segments)
         rows: list[int] = []
         targets: list[int] = []
         offset = 0
@@ -33,7 +98,7 @@ def score_completions(model: Transformer, pairs: Sequence[tuple[list[int], list[
             rows += range(offset + len(segment) - len(completion), offset + len(segment))
             targets += completion
             offset += len(segment)
-        logprobs, greedy = _score_rows(model, hidden[rows], torch.tensor(targets, device=hidden.device))
+        logprobs, greedy = _score_rows(forward, hidden[rows], torch.tensor(targets, device=hidden.device))
         at = 0
         for i in members:
             end = at + len(pairs[i][1])
@@ -42,42 +107,35 @@ def score_completions(model: Transformer, pairs: Sequence[tuple[list[int], list[
     return [score for score in scores if score is not None]
 
 
-def _score_rows(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+def _score_rows(forward: Forward, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
     """Log-probability of each target and whether it is the most probable token; few rows of logits at a time."""
     logprobs: list[float] = []
     greedy: list[bool] = []
     for part, wanted in zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
-        logits: Tensor = model.logits(part).float()
+        logits = forward.logits(part)
         logprobs += (logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=-1)).tolist()
         greedy += (logits.argmax(dim=-1) == wanted).tolist()
     return logprobs, greedy
 
 
 @torch.inference_mode()
-def mean_embeddings(model: Transformer, texts: Sequence[list[int]]) -> np.ndarray:
+def mean_embeddings(forward: Forward, hidden_size: int, texts: Sequence[list[int]]) -> np.ndarray:
     """Mean of the final hidden states of each text, unit length; shape (texts, hidden), float32."""
-    out = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
-    for members in _batches([len(ids) for ids in texts]):
-        hidden = _hidden(model, [texts[i] for i in members]).float()
+    out = np.empty((len(texts), hidden_size), dtype=np.float32)
+    for members in _batches([len(ids) for ids in texts], forward.max_tokens):
+        hidden = forward.hidden([texts[i] for i in members]).float()
         for i, part in zip(members, hidden.split([len(texts[i]) for i in members]), strict=True):
             mean = part.mean(dim=0)
             out[i] = (mean / mean.norm()).cpu().numpy()
     return out
 
 
-def _hidden(model: Transformer, segments: Sequence[list[int]]) -> Tensor:
-    device = model.embed_tokens.weight.device
-    ids = torch.tensor([token for segment in segments for token in segment], device=device)
-    lengths = [len(segment) for segment in segments]
-    return model.hidden_states(ids, segment_positions(lengths, device), PackedAttention(lengths, device))
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices grouped into forwards of at most _BATCH_TOKENS tokens, short ones first."""
+def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices grouped into forwards of at most so many tokens, short ones first."""
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and tokens + lengths[i] > _BATCH_TOKENS:
+        if batch and tokens + lengths[i] > max_tokens:
             yield batch
             batch, tokens = [], 0
         batch.append(i)

@@ -8,7 +8,6 @@ Source: Dettmers et al. 2022 (LLM.int8), section 2.1, vector-wise quantisation w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -86,7 +85,18 @@ class Int8Linear(nn.Module):
         super().__init__()
         if not bool(weight.isfinite().all()):
             raise CheckpointError("int8: a weight is not a finite number; get the checkpoint again, or use float32")
-        quantised, scale = quantise(weight.detach(), dim=1)
+        self._take(*quantise(weight.detach(), dim=1), bias)
+
+    @classmethod
+    def from_quantised(cls, quantised: Tensor, scale: Tensor, bias: Tensor | None = None) -> Int8Linear:
+        """The layer of weights that are rounded already; it shares their memory."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(quantised, scale, bias)
+        return layer
+
+    def _take(self, quantised: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = quantised.shape
         self.register_buffer("quantised", quantised)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -98,47 +108,3 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             out = out + self.bias.float()
         return out.view(*x.shape[:-1], len(self.quantised)).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Int8Report:
-    """What `int8_linears` did. Bytes are those of the replaced weights: before, after, and of the scales beside."""
-
-    replaced: tuple[str, ...]
-    left: tuple[str, ...]
-    """Names of the parameters with two dimensions or more that stay as they were."""
-    bytes_before: int
-    bytes_after: int
-    scale_bytes: int
-
-
-def int8_linears(model: nn.Module, *, head: bool = False) -> Int8Report:
-    """Replace the `nn.Linear` layers of a model by `Int8Linear`, in place, and freeze the rest.
-
-    The output head `lm_head` stays unless `head`; one that is tied to the embedding then gets 8-bit weights of its
-    own, while the embedding stays. Experts and convolutions are no `nn.Linear` and stay too: see `Int8Report.left`.
-    The model is then for use, not to be saved or trained: no checkpoint format holds these layers.
-    Raises CheckpointError, leaving the model alone, for a weight that is not finite.
-    """
-    found = {
-        name: layer
-        for name, layer in model.named_modules()
-        if type(layer) is nn.Linear and (head or name.rpartition(".")[2] != "lm_head")
-    }
-    new: dict[str, Int8Linear] = {}
-    for name, layer in found.items():
-        try:
-            new[name] = Int8Linear(layer.weight, layer.bias)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-    before = sum(layer.weight.nbytes for layer in found.values())
-    for name, replacement in new.items():
-        model.set_submodule(name, replacement)
-    model.requires_grad_(False).eval()
-    return Int8Report(
-        replaced=tuple(new),
-        left=tuple(name for name, parameter in model.named_parameters() if parameter.ndim >= 2),
-        bytes_before=before,
-        bytes_after=sum(layer.quantised.nbytes for layer in new.values()),
-        scale_bytes=sum(layer.scale.nbytes for layer in new.values()),
-    )

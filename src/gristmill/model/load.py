@@ -1,4 +1,5 @@
-"""Find and load a model: an asset name, a Hugging Face directory, a GGUF file or one of our run directories."""
+"""Find and load a model: an asset name, a Hugging Face directory, a GGUF file or one of our run directories, also one
+that `gristmill quantize` wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from gristmill.model.config import EncoderDecoderConfig
 from gristmill.model.encoder import Encoder
 from gristmill.model.encoder_decoder import EncoderDecoder
 from gristmill.model.formats.gguf.load import load_gguf, load_gguf_tokenizer
-from gristmill.model.formats.huggingface import Model, load_huggingface
+from gristmill.model.formats.huggingface import Model, is_quantised, load_huggingface, read_object
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
 
@@ -45,6 +46,10 @@ def load_any(
     if path.is_file():
         model, tokenizer = load_gguf(path, DTYPES[dtype])
         return model.to(device).eval(), tokenizer
+    if is_quantised(read_object(path / "config.json")):
+        from gristmill.model.quantised.load import load_quantised
+
+        return load_quantised(path, dtype=dtype, device=device)
     model = load_huggingface(path, DTYPES[dtype]).to(device).eval()
     if not (path / "tokenizer.json").is_file():
         return model, None

@@ -1,8 +1,8 @@
 """The UTF-8 bytes of one token, for log-probabilities: a token may be a part of a character."""
 
 import re
-from functools import cache
 
+from gristmill.tokens.token_bytes import byte_of_stand_in
 from gristmill.tokens.tokenizer import Tokenizer
 
 
@@ -18,16 +18,5 @@ def token_bytes(tokenizer: Tokenizer, token_id: int, text: str) -> list[int] | N
     fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", spelling)
     if fallback:
         return [int(fallback[1], 16)]
-    table = _byte_of_stand_in()
+    table = byte_of_stand_in()
     return [table[character] for character in spelling] if spelling and table.keys() >= set(spelling) else None
-
-
-@cache
-def _byte_of_stand_in() -> dict[str, int]:
-    """Byte-level vocabularies write printable bytes as themselves and the others, in order, as U+0100 and up.
-
-    Source: Radford et al. 2019, the GPT-2 encoder.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted(set(range(0x100)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from gristmill.errors import CheckpointError, DataError
 from gristmill.files import write_json, write_text
+from gristmill.tokens.token_bytes import TokenBytes, has_token_bytes
 
 _NAMED = ("unk_token", "cls_token", "sep_token", "mask_token")
 
@@ -46,6 +47,11 @@ class Tokenizer:
         backend = Backend.from_str(self.backend.to_str())
         backend.encode_special_tokens = True
         return backend
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes | None:
+        """The bytes of each token; None where a token's text depends on its neighbours. Not for tokens added later."""
+        return TokenBytes(self.backend) if has_token_bytes(self.backend) else None
 
     @property
     def special_tokens(self) -> dict[str, int]:

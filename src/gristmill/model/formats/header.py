@@ -14,7 +14,7 @@ import torch
 from gristmill.errors import CheckpointError
 from gristmill.model.formats.family import Config, Family, Kind
 from gristmill.model.formats.heads import model_entries
-from gristmill.model.formats.huggingface import module_for, read_model, read_object
+from gristmill.model.formats.huggingface import is_quantised, module_for, read_model, read_object
 from gristmill.model.formats.safetensors_file import ShardedTensors
 from gristmill.model.formats.state import on_meta
 from gristmill.model.heads import HeadConfig
@@ -107,6 +107,8 @@ def read_header(path: Path) -> Header:
     if path.is_file():
         return _read_gguf(path)
     values = read_object(path / "config.json")
+    if is_quantised(values) and isinstance(values.get("model"), dict):
+        values = values["model"]
     weights = ShardedTensors(path)
     found = read_model(values, list(weights), str(path / "config.json"))
     tensors = {}

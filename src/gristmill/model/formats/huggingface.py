@@ -26,6 +26,10 @@ from gristmill.model.transformer import Transformer
 
 Model = Transformer | Encoder | EncoderDecoder | Headed
 
+QUANTISED = "gristmill_quantised"
+"""model_type in the config.json of a quantised model of ours, whose own is under "model"; see
+gristmill.model.quantised.checkpoint."""
+
 
 def load_huggingface(directory: Path, dtype: torch.dtype) -> Model:
     """Build the model of a directory. Raises CheckpointError for an unknown architecture, flag or tensor."""
@@ -178,6 +182,11 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[Family, Kind, Co
         raise error if where in str(error) else CheckpointError(f"{where}: {error}") from error
     raw.finish()
     return family, family.architectures[classes[0]], config
+
+
+def is_quantised(values: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is that of a quantised model of ours."""
+    return values.get("model_type") == QUANTISED
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -133,9 +133,32 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Our state as `dtype`, buffers in float32, from foreign tensors, which are asked for one parameter at a time.
 
-    model: on the meta device, for the shapes. copies: foreign names that may be stored once more, and the tensor that
-    each must equal. derived: endings of names that hold nothing of their own. Raises CheckpointError naming missing
-    and surplus tensors, and one of another shape or type.
+    model: on the meta device, for the shapes. copies, derived: see `check_stored`. Raises CheckpointError naming
+    missing and surplus tensors, and one of another shape or type.
+    """
+    check_stored(tensors, entries, where, copies, derived)
+    buffers = dict(model.named_buffers())
+    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *buffers.items())}
+    state: dict[str, Tensor] = {}
+    for entry in entries:
+        parts = [checked_part(tensors, name, shape, where) for name, shape in part_shapes(entry, shapes[entry.ours])]
+        # buffers are not weights: the bias that corrects a router's choice is too fine for bfloat16
+        kept = torch.float32 if entry.ours in buffers else dtype
+        state[entry.ours] = entry.layout.join(parts).to(kept).contiguous()
+    return state
+
+
+def check_stored(
+    tensors: Mapping[str, Tensor],
+    entries: Sequence[Entry],
+    where: str,
+    copies: Mapping[str, str] | None = None,
+    derived: Sequence[str] = (),
+) -> None:
+    """Raise CheckpointError, naming it, for a foreign tensor that is missing or has no place.
+
+    copies: foreign names that may be stored once more, and the tensor that each must equal. derived: endings of names
+    that hold nothing of their own.
     """
     wanted = {name for entry in entries for name in entry.theirs}
     found = {name for name in tensors if not name.endswith(tuple(derived))} if derived else set(tensors)
@@ -145,20 +168,19 @@ def to_ours(
             if original in found and not torch.equal(tensors[copy], tensors[original]):
                 raise CheckpointError(f"{where}: {copy} differs from {original}, yet the two are tied")
     check_names(wanted, found, where)
-    buffers = dict(model.named_buffers())
-    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *buffers.items())}
-    state: dict[str, Tensor] = {}
-    for entry in entries:
-        whole = torch.empty(shapes[entry.ours], device="meta")
-        parts = []
-        for name, part in zip(entry.theirs, entry.layout.split(whole), strict=True):
-            tensor = tensors[name]
-            check_tensor(name, tensor, tuple(part.shape), where)
-            parts.append(tensor)
-        # buffers are not weights: the bias that corrects a router's choice is too fine for bfloat16
-        kept = torch.float32 if entry.ours in buffers else dtype
-        state[entry.ours] = entry.layout.join(parts).to(kept).contiguous()
-    return state
+
+
+def part_shapes(entry: Entry, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the foreign tensors that make up one of ours of this shape."""
+    parts = entry.layout.split(torch.empty(shape, device="meta"))
+    return [(name, tuple(part.shape)) for name, part in zip(entry.theirs, parts, strict=True)]
+
+
+def checked_part(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
+    """One foreign tensor. Raises CheckpointError when it is of another shape or no floating type."""
+    tensor = tensors[name]
+    check_tensor(name, tensor, shape, where)
+    return tensor
 
 
 def to_theirs(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Tensor]:

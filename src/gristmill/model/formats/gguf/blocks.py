@@ -54,6 +54,22 @@ def read_rows(file: GGUFFile, tensor: TensorInfo, out: Tensor, begin: int = 0) -
             part.copy_(torch.from_numpy(dequantize(raw[None], tensor.kind)[0]))
 
 
+def read_int4(file: GGUFFile, tensor: TensorInfo) -> tuple[Tensor, Tensor]:
+    """The blocks of a Q4_0 matrix (rows, inputs) as they are: uint8 (rows, inputs / 2), the first of two inputs in the
+    low nibble, each its value plus 8, and float32 scales (rows, inputs / 32).
+
+    A block holds its 16 first values in low nibbles, the others in high ones. Raises CheckpointError for a cut file.
+    """
+    rows, inputs = tensor.shape
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
+    blocks = torch.from_numpy(file.read_bytes(tensor, 0, tensor.nbytes)).view(-1, block_bytes)
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()
+    nibbles = blocks[:, 2:]
+    halves = torch.stack((nibbles & 15, nibbles >> 4), dim=1)  # (blocks, 2, 16)
+    packed = halves[..., ::2] | halves[..., 1::2] << 4
+    return packed.view(rows, inputs // 2), scale.view(rows, inputs // block)
+
+
 def quantised_size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     """Bytes of a tensor of this shape. Raises ValueError when blocks do not divide its rows."""
     block, block_bytes = GGML_QUANT_SIZES[kind]

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from gristmill.errors import CheckpointError
 from gristmill.model.formats.gguf.architectures import ROPE_TENSORS, Architecture
-from gristmill.model.formats.gguf.blocks import dtype_of, read_rows
+from gristmill.model.formats.gguf.blocks import dtype_of, read_int4, read_rows
 from gristmill.model.formats.gguf.reader import GGUFFile, TensorInfo
 
 
@@ -61,17 +62,29 @@ class GGUFTensors(Mapping[str, Tensor]):
         read_rows(self._file, tensor, out, expert or 0)
         if offset := self._architecture.norm_offset(name):
             out -= offset
-        heads = self._architecture.rotated_heads(name, *self._heads)
-        if heads is None:
-            return out
-        if out.shape[0] % (2 * heads):
-            raise CheckpointError(f"{self._file.path}: tensor {tensor.name} has {out.shape[0]} rows for {heads} heads")
-        return apart(out, heads)
+        return self._turned(name, out)
+
+    def int4(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A Q4_0 matrix as it is stored, see `read_int4`, or None for one of another type."""
+        tensor, expert = self._sources[name]
+        if tensor.kind != GGMLQuantizationType.Q4_0 or expert is not None or len(tensor.shape) != 2:
+            return None
+        packed, scale = read_int4(self._file, tensor)
+        return self._turned(name, packed), self._turned(name, scale)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         tensor, expert = self._sources[name]
         return tensor.shape if expert is None else tensor.shape[1:]
+
+    def _turned(self, name: str, rows: Tensor) -> Tensor:
+        heads = self._architecture.rotated_heads(name, *self._heads)
+        if heads is None:
+            return rows
+        if rows.shape[0] % (2 * heads):
+            stored = self._sources[name].tensor.name
+            raise CheckpointError(f"{self._file.path}: tensor {stored} has {rows.shape[0]} rows for {heads} heads")
+        return apart(rows, heads)
 
 
 def apart(weight: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Paged key-value memory: a pool of fixed-size blocks and the cache that attention reads them through.
+"""The key-value memory that attention reads through block tables.
 
-A sequence owns a list of block ids, its block table; the token at position p lives in slot
-`table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE`. The pool hands out ids, the cache holds the tensors.
+The token at position p of a sequence lives in slot `table[p // block_size] * block_size + p % block_size`. The pool
+(see block_pool) hands out block ids, the cache here holds the tensors.
 
 Source: Kwon et al. 2023 (PagedAttention).
 """
@@ -19,42 +19,7 @@ from gristmill.core import CAUSAL, AttentionRule
 from gristmill.errors import RequestError
 from gristmill.model.attention.kernel import masked_attention, rule_attention, visible, without_idle_window
 from gristmill.model.config import ModelConfig
-
-BLOCK_SIZE = 16
-
-
-class BlockPool:
-    """Free block ids, O(1) to take and give back. Every block is either free or owned by one sequence."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        # a stack whose top is the lowest id: a lone sequence gets consecutive blocks, which read without a gather
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that can be taken."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """Take `count` blocks; the caller owns them until `give_back`. The caller checks `num_free` first."""
-        assert count <= len(self._free), "took more blocks than are free"
-        return [self._free.pop() for _ in range(count)]
-
-    def give_back(self, blocks: list[int]) -> None:
-        """Return blocks and empty the caller's list, so that they cannot be returned twice."""
-        self._free.extend(reversed(blocks))
-        blocks.clear()
-
-    def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
-        """free + owned == total, each block once. Raises AssertionError otherwise."""
-        held = [block for table in owned for block in table]
-        assert sorted(self._free + held) == list(range(self.num_blocks)), "blocks leaked or owned twice"
-
-
-def blocks_for(tokens: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-tokens // BLOCK_SIZE)
+from gristmill.model.int8 import dequantise, quantise
 
 
 @dataclass(frozen=True)
@@ -96,7 +61,8 @@ class PagedKVCache:
     """Keys and values of all layers in two tensors (layers, slots, kv_heads, head_dim), read through block tables.
 
     `plan` is called once a step, `attend` by every layer of that step (see `KVCache.attend`). Layers that share keys
-    and values share their place; latent attention keeps one compressed vector, whose first part is the value.
+    and values share their place; latent attention keeps one compressed vector, whose first part is the value. With
+    dtype int8 each head of a token has a float32 scale beside it.
 
     Raises RequestError for a model that such a memory cannot serve: an encoder, a decoder that reads one, or one with
     recurrent layers.
@@ -104,15 +70,23 @@ class PagedKVCache:
 
     keeps = True
 
-    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         check_servable(config)
         self._places, self._latent = config.cache_slots, config.attention.latent
         heads, key_size, value_size = config.cache_shape
-        shape = (max(self._places) + 1, num_blocks * BLOCK_SIZE, heads)
+        shape = (max(self._places) + 1, num_blocks * block_size, heads)
         # not zeroed: pages of memory are touched only when a block is first used
         self.keys = torch.empty((*shape, key_size), dtype=dtype, device=device)
         self.values = torch.empty((*shape, value_size), dtype=dtype, device=device)
-        self.device = device
+        self.stores = [self.keys, self.values]
+        """All that a slot holds; the second dimension is the slots."""
+        self._scales: tuple[Tensor, Tensor] | None = None
+        if dtype == torch.int8:
+            self._scales = (torch.empty((*shape, 1), device=device), torch.empty((*shape, 1), device=device))
+            self.stores += self._scales
+        self.block_size, self.device = block_size, device
         self._prefills: list[_Prefill] = []
         self._decode: _Decode | None = None
         self._new_slots = torch.empty(0, dtype=torch.long)
@@ -125,47 +99,89 @@ class PagedKVCache:
         counts = torch.tensor([chunk.length for chunk in self._chunks])
         return ends.repeat_interleave(counts).to(self.device)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory that a token takes in all layers."""
+        return sum(store[:, 0].numel() * store.element_size() for store in self.stores)
+
+    def slots_of(self, blocks: Sequence[int]) -> Tensor:
+        """The slots of whole blocks, one block after another."""
+        first = torch.tensor(list(blocks), dtype=torch.long, device=self.device)[:, None] * self.block_size
+        return (first + torch.arange(self.block_size, device=self.device)).flatten()
+
     def plan(self, chunks: Sequence[Chunk]) -> None:
         """Prepare a step over `chunks`, whose tokens lie one after another in the flat batch."""
         self._chunks = chunks
-        offsets = torch.arange(BLOCK_SIZE)
         prefills, singles, new_slots, begin = [], [], [], 0
         for chunk in chunks:
             end = chunk.start + chunk.length
-            table = torch.tensor(chunk.block_table[: blocks_for(end)])
-            slots = (table[:, None] * BLOCK_SIZE + offsets).flatten()[:end]
+            slots = self.slots_of(chunk.block_table[: -(-end // self.block_size)])[:end]
             new_slots.append(slots[chunk.start :])
             if chunk.length == 1 and chunk.start > 0:
                 singles.append((begin, slots))
             else:
-                seen = slots.to(self.device) if chunk.start else None
-                prefills.append(_Prefill(begin, begin + chunk.length, chunk.start, seen))
+                prefills.append(_Prefill(begin, begin + chunk.length, chunk.start, slots if chunk.start else None))
             begin += chunk.length
         self._prefills = prefills
         self._decode = _decode_plan(singles, self.device) if singles else None
-        self._new_slots = torch.cat(new_slots).to(self.device)
+        self._new_slots = torch.cat(new_slots)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule = CAUSAL) -> Tensor:
         """See `KVCache.attend`. Stores the new keys and values first, so that tokens see themselves."""
         place = self._places[layer]
-        keys, values = self.keys[place], self.values[place]
-        keys.index_copy_(0, self._new_slots, key)
-        if self._latent is None:
-            values.index_copy_(0, self._new_slots, value)
-        else:
-            values = keys[..., : self._latent.kv_rank]
+        key, value = self._store(place, key, value)
+        latent = None if self._latent is None else self._latent.kv_rank
+        value_size = value.shape[-1] if latent is None else latent
         if self._decode is not None and not self._prefills:
-            return _attend_decode(self._decode, query, keys, values, rule)
-        out = query.new_empty((*query.shape[:2], values.shape[-1]))
+            return self._attend_singles(self._decode, place, query, rule)
+        out = query.new_empty((*query.shape[:2], value_size))
         for part in self._prefills:
             here = slice(part.begin, part.end)
-            seen = (key[here], value[here]) if part.slots is None else (keys[part.slots], values[part.slots])
+            if part.slots is not None:
+                seen = self._read(place, part.slots, query.dtype)
+            else:
+                seen = (key[here], value[here] if latent is None else key[here, ..., :latent])
             rows = (query[None, here], seen[0][None], seen[1][None])
             out[here] = rule_attention(*rows, rule, query_start=part.start).squeeze(0)
         if self._decode is not None:
             chosen = self._decode.rows
-            out[chosen] = _attend_decode(self._decode, query[chosen], keys, values, rule)
+            out[chosen] = self._attend_singles(self._decode, place, query[chosen], rule)
         return out
+
+    def _attend_singles(self, plan: _Decode, place: int, query: Tensor, rule: AttentionRule) -> Tensor:
+        key, value = self._read(place, plan.slots if plan.span is None else slice(*plan.span), query.dtype)
+        return _attend_decode(plan, query, key, value, rule)
+
+    def _store(self, place: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the step's keys and values into their slots; returns them as later steps will read them, so that it
+        does not matter how a prompt is cut into steps."""
+        kept = []
+        for index, (store, x) in enumerate(((self.keys, key), (self.values, value))):
+            if index == 1 and self._latent is not None:
+                kept.append(x)
+            elif self._scales is None:
+                stored = x.to(store.dtype)
+                store[place].index_copy_(0, self._new_slots, stored)
+                kept.append(stored.to(x.dtype))
+            else:
+                levels, scale = quantise(x)
+                store[place].index_copy_(0, self._new_slots, levels)
+                self._scales[index][place].index_copy_(0, self._new_slots, scale)
+                kept.append(dequantise(levels, scale).to(x.dtype))
+        return kept[0], kept[1]
+
+    def _read(self, place: int, slots: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slots, of their shape plus (kv_heads, head_dim)."""
+        found = []
+        for index, store in enumerate((self.keys, self.values)):
+            if index == 1 and self._latent is not None:
+                found.append(found[0][..., : self._latent.kv_rank])
+                continue
+            levels = _rows(store[place], slots)
+            if self._scales is not None:
+                levels = dequantise(levels, _rows(self._scales[index][place], slots))
+            found.append(levels.to(dtype))
+        return found[0], found[1]
 
     def recur(self, layer: int, mixer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor) -> Tensor:
         """Never reached: a model with recurrent layers is refused at construction."""
@@ -183,18 +199,18 @@ def check_servable(config: ModelConfig) -> None:
         raise RequestError(f"layer {recurrent[0]} is recurrent: not served by the engine", field="layers")
 
 
-def _attend_decode(plan: _Decode, query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
-    if plan.span is not None:
-        begin, end = plan.span
-        key, value = keys[None, begin:end], values[None, begin:end]
-    else:
-        shape = plan.slots.shape
-        key = keys.index_select(0, plan.slots.flatten()).unflatten(0, shape)
-        value = values.index_select(0, plan.slots.flatten()).unflatten(0, shape)
+def _rows(store: Tensor, slots: Tensor | slice) -> Tensor:
+    if isinstance(slots, slice):
+        return store[None, slots]
+    return store.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+
+
+def _attend_decode(plan: _Decode, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+    """One query each over its own row of keys: query (rows, heads, head_dim), key (rows, keys, kv_heads, head_dim)."""
     rule = without_idle_window(rule, key.shape[1])
     if rule.window is None and rule.pattern is None and rule.bias is None and rule.sinks is None:
         # the query heads that share a key head become its queries: nothing is copied per head
-        grouped = query.unflatten(1, (keys.shape[1], -1))
+        grouped = query.unflatten(1, (key.shape[2], -1))
         rows = (grouped, key.transpose(1, 2), value.transpose(1, 2))
         return masked_attention(*rows, rule, plan.mask, None).flatten(1, 2)
     positions = torch.arange(key.shape[1], device=query.device)
@@ -203,7 +219,7 @@ def _attend_decode(plan: _Decode, query: Tensor, keys: Tensor, values: Tensor, r
     if plan.mask is not None:
         seen = plan.mask if seen is None else seen & plan.mask
     bias = None if rule.bias is None else rule.bias(plan.positions, positions).transpose(0, 1)[:, :, None]
-    group = query.shape[1] // keys.shape[1]
+    group = query.shape[1] // key.shape[2]
     key, value = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (key, value))
     return masked_attention(query[:, :, None], key, value, rule, seen, bias).squeeze(2)
 
@@ -215,11 +231,11 @@ def _decode_plan(singles: Sequence[tuple[int, Tensor]], device: torch.device) ->
     if len(singles) == 1 and int(first[-1] - first[0]) == len(first) - 1 and bool((first.diff() == 1).all()):
         return _Decode(rows, first, None, positions, (int(first[0]), int(first[-1]) + 1))
     longest = max(len(slots) for _, slots in singles)
-    padded = torch.zeros(len(singles), longest, dtype=torch.long)
+    padded = torch.zeros(len(singles), longest, dtype=torch.long, device=device)
     mask = torch.zeros(len(singles), 1, 1, longest, dtype=torch.bool)
     for i, (_, slots) in enumerate(singles):
         padded[i, : len(slots)] = slots
         # a padded place repeats a slot of its own, never one that may hold uninitialised memory
         padded[i, len(slots) :] = slots[0]
         mask[i, 0, 0, : len(slots)] = True
-    return _Decode(rows, padded.to(device), None if bool(mask.all()) else mask.to(device), positions, None)
+    return _Decode(rows, padded, None if bool(mask.all()) else mask.to(device), positions, None)

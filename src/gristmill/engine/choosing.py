@@ -1,0 +1,146 @@
+"""From the hidden states of a step to the next tokens of its sequences: sampling, verification, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gristmill.core import LogitsProcessor, LogitsRow
+from gristmill.engine.request import Completion
+from gristmill.engine.runner import Runner
+from gristmill.engine.sampling.logprobs import top_logprobs
+from gristmill.engine.sampling.random import uniform
+from gristmill.engine.sampling.sampler import Sampler
+from gristmill.engine.speculation.verify import verify, verify_greedy
+from gristmill.tokens.tokenizer import Tokenizer
+
+
+class Chooser:
+    """Chooses tokens for completions that are computed up to their last known token.
+
+    Completions of one step are told apart by slots, which they keep until `leave`.
+    """
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer, vocab_size: int, processors: Sequence[LogitsProcessor]
+    ) -> None:
+        self.runner, self.tokenizer = runner, tokenizer
+        self.sampler = Sampler(vocab_size, tokenizer, runner.device, processors)
+        self._free_slots: list[int] = []
+        self.num_slots = 0
+
+    @property
+    def num_slots_free(self) -> int:
+        """Of `num_slots`, those that no completion holds."""
+        return len(self._free_slots)
+
+    def enter(self, completion: Completion) -> None:
+        """Give a completion a slot, unless it has one."""
+        if completion.slot is not None:
+            return
+        if not self._free_slots:
+            self._free_slots.append(self.num_slots)
+            self.num_slots += 1
+        completion.slot = self._free_slots.pop()
+        request = completion.request
+        self.sampler.add(
+            completion.slot, request.params, request.prompt_ids, request.end_ids, request.seed, completion.index
+        )
+
+    def leave(self, completion: Completion) -> None:
+        """Take the slot back."""
+        if completion.slot is None:
+            return
+        self.sampler.remove(completion.slot)
+        self._free_slots.append(completion.slot)
+        completion.slot = None
+
+    def choose(self, ready: Sequence[tuple[Completion, int]], hidden: Tensor) -> list[int]:
+        """Append tokens to each completion; returns how many of its draft were accepted, by completion.
+
+        ready: completions, each with the row of `hidden` (tokens, hidden) of its last token, drafted ones included.
+        """
+        rows = [row for completion, last in ready for row in range(last - _drafted(completion), last + 1)]
+        selected = hidden if rows == list(range(len(hidden))) else hidden[rows]
+        completions = [completion for completion, _ in ready]
+        if all(completion.request.is_plain for completion in completions):
+            return self._settle(completions, self.runner.greedy(selected), None)
+        logits = self.runner.logits(selected)
+        if not any(_is_drawn(completion) for completion in completions):
+            return self._settle(completions, self.sampler.sample(logits, _rows(completions)), logits)
+        accepted, at = [], 0
+        for completion in completions:
+            part = logits[at : (at := at + _drafted(completion) + 1)]
+            if _is_drawn(completion):
+                accepted.append(self._verify(completion, part))
+            else:
+                accepted += self._settle([completion], self.sampler.sample(part, _rows([completion])), part)
+        return accepted
+
+    def _settle(
+        self, completions: Sequence[Completion], chosen: Sequence[int | None], logits: Tensor | None
+    ) -> list[int]:
+        """Append what the target chose at each place, as far as drafts agree with it."""
+        accepted, at = [], 0
+        for completion in completions:
+            places = _drafted(completion) + 1
+            drafted = completion.draft.token_ids if completion.draft is not None else []
+            tokens, count = verify_greedy(chosen[at : at + places], drafted)
+            self._take(completion, tokens, count, None if logits is None else logits[at : at + places])
+            accepted.append(count)
+            at += places
+        return accepted
+
+    def _verify(self, completion: Completion, logits: Tensor) -> int:
+        """Accept or refuse a draft that was drawn from distributions of its own; logits (drafted + 1, vocab)."""
+        draft, request = completion.draft, completion.request
+        assert draft is not None
+        probs = self.sampler.distribution(logits, _rows([completion]))
+        position = len(completion.output_ids)
+
+        def draw(offset: int, stream: int) -> float:
+            return uniform(request.seed, completion.index, position + offset, stream)
+
+        tokens, count = verify(probs, draft, draw)
+        self._take(completion, tokens, count, logits)
+        return count
+
+    def _take(self, completion: Completion, tokens: Sequence[int], accepted: int, logits: Tensor | None) -> None:
+        """Append tokens one by one, with their log-probabilities where these are asked for; without one beyond the
+        accepted ones, none could be chosen."""
+        params = completion.request.params
+        for place, token in enumerate(tokens):
+            probability = None
+            if logits is not None and params.stop_below_probability > 0:
+                probability = float(logits[place].softmax(-1)[token])
+            if logits is not None and params.logprobs is not None:
+                completion.logprobs += top_logprobs(logits[place : place + 1], [token], params.logprobs, self.tokenizer)
+            completion.append(token, probability)
+            if completion.finish_reason is not None:
+                return
+        if len(tokens) == accepted:
+            completion.fail("no token can be chosen: the logits are not numbers, or all tokens are banned")
+
+
+def _rows(completions: Sequence[Completion]) -> list[LogitsRow]:
+    """What stands before each token to choose, drafts included."""
+    rows = []
+    for completion in completions:
+        assert completion.slot is not None
+        prompt_ids, output_ids = completion.request.prompt_ids, completion.output_ids
+        rows.append(LogitsRow(completion.slot, prompt_ids, output_ids))
+        drafted = completion.draft.token_ids if completion.draft is not None else []
+        rows += [
+            LogitsRow(completion.slot, prompt_ids, [*output_ids, *drafted[: count + 1]])
+            for count in range(len(drafted))
+        ]
+    return rows
+
+
+def _is_drawn(completion: Completion) -> bool:
+    return completion.draft is not None and completion.draft.probs is not None
+
+
+def _drafted(completion: Completion) -> int:
+    return 0 if completion.draft is None else len(completion.draft.token_ids)

@@ -1,0 +1,1 @@
+"""Outputs that follow a schema, an expression, a grammar or a list of choices."""

@@ -1,0 +1,170 @@
+"""What a `StructuredOutput` asks for, as a grammar of llguidance, and how far its outputs can be from their end."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gristmill.core import StructuredOutput
+from gristmill.errors import RequestError
+
+MOST_CHARACTERS = 1 << 18
+"""Longer schemas, expressions and grammars are refused."""
+_WHITE_SPACE = r"\n?[ \t]{0,16}"
+_REPEATS = re.compile(r'(?:"min(?:Items|Length|Properties)"\s*:\s*|\{)(\d+)')
+
+
+@dataclass(frozen=True)
+class Form:
+    """A grammar, and what bounds the bytes of the shortest end of an output.
+
+    detour: one structural character takes an output at most so much farther from its end. farthest: no output is
+    farther than this. Either may be infinite. free_strings: a string that any word may go on with is a free one.
+    blanks: white space may be needed.
+    """
+
+    field: str
+    grammar: str
+    detour: float = math.inf
+    farthest: float = math.inf
+    free_strings: bool = False
+    blanks: bool = True
+
+
+def form_of(asked: StructuredOutput) -> Form:
+    """Raises RequestError, naming the field, for what is no schema, expression, grammar or list of tools."""
+    field = f"structured.{asked.kind}"
+    try:
+        match asked.kind:
+            case "json_schema":
+                return _json_form(field, _schema(field, asked.json_schema), asked.compact)
+            case "tools":
+                return _json_form(field, call_schema(asked.tools or ()), asked.compact)
+            case "json_object":
+                return _json_form(field, {"type": "object"}, asked.compact)
+            case "regex":
+                return _regex_form(field, str(asked.regex))
+            case "choice":
+                return _choice_form(field, asked.choice or ())
+        return _grammar_form(field, str(asked.grammar))
+    except RecursionError as error:
+        raise RequestError(f"{field} is nested too deeply", field=field) from error
+
+
+def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """JSON schema of a call of one of the tools: {"name": ..., "arguments": {...}}.
+
+    A tool is {"name": ..., "parameters": schema}, or that under "function" as OpenAI writes it. Raises RequestError
+    for one without a name, or a name that comes twice.
+    """
+    calls, parameters, names = [], {}, set()
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        name = function.get("name")
+        if not isinstance(name, str) or not name or name in names:
+            raise RequestError(f"structured.tools[{number}] needs a name of its own", field="structured.tools")
+        names.add(name)
+        # references inside a tool's schema start at its root, which lies deeper now
+        parameters[f"tool{number}"] = _moved(function.get("parameters") or {"type": "object"}, f"#/$defs/tool{number}")
+        properties = {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/tool{number}"}}
+        calls.append(
+            {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        )
+    if not calls:
+        raise RequestError("structured.tools is empty", field="structured.tools")
+    return {"$defs": parameters, "anyOf": calls}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    if isinstance(schema, Mapping):
+        return {
+            key: root + value[1:]
+            if key == "$ref" and isinstance(value, str) and value[:1] == "#"
+            else _moved(value, root)
+            for key, value in schema.items()
+        }
+    return [_moved(item, root) for item in schema] if isinstance(schema, list | tuple) else schema
+
+
+def _schema(field: str, given: Mapping[str, Any] | str | None) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise RequestError(f"{field} is not JSON: {error}", field=field) from error
+
+
+def _json_form(field: str, schema: Any, compact: bool) -> Form:
+    import llguidance
+
+    try:
+        text = _limited(field, json.dumps(schema))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{field} is not JSON: {error}", field=field) from error
+    _refuse_repeated_keys(field, schema)
+    white: dict[str, Any] = {"whitespace_flexible": False} if compact else {"whitespace_pattern": _WHITE_SPACE}
+    try:
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=white)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise RequestError(f"{field}: {error}", field=field) from error
+    # an instance of no more than is required is hardly longer than its schema, but for repeats
+    detour = _repeated(2 * len(text) + 64, text) * (1 + text.count('"$ref"'))
+    free = '"pattern' not in text and '"format"' not in text
+    return Form(field, grammar, detour=detour, free_strings=free, blanks=False)
+
+
+def _refuse_repeated_keys(field: str, schema: Any) -> None:
+    """Keys that the schema does not name may come twice, and the JSON then has fewer properties than were written."""
+    if isinstance(schema, Mapping):
+        fewest = schema.get("minProperties", 0)
+        if isinstance(fewest, int) and fewest > 1 and schema.get("additionalProperties") is not False:
+            raise RequestError(
+                f"{field}: minProperties {fewest} cannot be kept where keys are free. Name the properties in"
+                ' "required", or set "additionalProperties": false',
+                field=field,
+            )
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for item in schema:
+            _refuse_repeated_keys(field, item)
+
+
+def _regex_form(field: str, regex: str) -> Form:
+    import llguidance
+
+    grammar = llguidance.LLMatcher.grammar_from_regex(_limited(field, regex))
+    return Form(field, grammar, farthest=_repeated(2 * len(regex.encode()) + 2, regex))
+
+
+def _choice_form(field: str, choices: Sequence[str]) -> Form:
+    import llguidance
+
+    if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        raise RequestError(f"{field} needs one text or more, none of them empty", field=field)
+    lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    grammar = llguidance.LLMatcher.grammar_from_lark(_limited(field, lark))
+    return Form(field, grammar, farthest=max(len(choice.encode()) for choice in choices))
+
+
+def _grammar_form(field: str, text: str) -> Form:
+    import llguidance
+
+    try:
+        return Form(field, llguidance.grammar_from("grammar", _limited(field, text)))
+    except ValueError as error:
+        raise RequestError(f"{field}: {error}", field=field) from error
+
+
+def _limited(field: str, text: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise RequestError(f"{field} has {len(text)} characters, at most {MOST_CHARACTERS} are taken", field=field)
+    return text
+
+
+def _repeated(length: int, text: str) -> float:
+    return float(length) * math.prod(float(max(1, int(count[:9]))) for count in _REPEATS.findall(text))

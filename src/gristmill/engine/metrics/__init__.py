@@ -1,0 +1,1 @@
+"""What serving costs: latency, throughput, memory, energy, money; and simulated batching."""

@@ -1,0 +1,472 @@
+// Attention of the tokens of a step over keys and values in a paged cache.
+//
+// Keys are read in tiles that start at multiples of TILE. Each tile gives a row its own maximum, sum and weighted
+// values, and tiles are merged in order, so a row's result depends neither on the rows beside it nor on how a step was
+// cut into chunks, items and threads. A tile is packed once for all query heads and tokens that read it: keys with 16
+// keys to a vector, values with 16 dimensions to a vector. Both products are then the same small matrix product.
+//
+// Source: Dao et al. 2022 (FlashAttention), Milakov and Gimelshein 2018 (online softmax), Kwon et al. 2023 (paging).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "elementwise.h"
+
+namespace gristmill {
+
+enum CacheKind : int32_t { CACHE_FLOAT32 = 0, CACHE_BFLOAT16 = 1, CACHE_INT8 = 2 };
+
+// Keys and values of one layer, (slots, kv_heads, head_dim); int8 with one scale for each head of a slot.
+struct Cache {
+    int32_t kind;
+    char *keys, *values;
+    float *key_scales, *value_scales;
+};
+
+struct Heads {
+    long heads, kv_heads, dim;
+    float factor;  // of the scores
+    long group() const { return heads / kv_heads; }
+};
+
+constexpr int TILE = 128;       // keys
+constexpr int ROWS = 6;         // rows of a register tile, 4 vectors wide
+constexpr long BLOCK_ROWS = 192;  // rows that share the packing of a tile
+constexpr long SMALL = 32;      // chunks with at most so many rows are split along the keys
+constexpr float LOWEST = -1e30f;
+
+// A chunk of a step: `length` tokens from `row` of the flat batch, the first at position `start`; slots[p] is where
+// position p lies. `parts`: first partial result, -1 where none are kept.
+struct Span {
+    long row, start, length;
+    const int32_t* slots;
+    long parts;
+    long tiles() const { return (start + length + TILE - 1) / TILE; }
+};
+
+// A piece of work: tokens [first, last) of a chunk, kv heads [head, head_end), tiles [tile, tile_end).
+struct Item {
+    long span, first, last, head, head_end, tile, tile_end;
+};
+
+constexpr long MOST_DIM = 512;
+inline long part_size(const Heads& heads) { return round_up(heads.dim, LANES) + 2; }  // values, maximum, sum
+inline long part_at(const Heads& heads, const Span& span, long tile, long token, long head) {
+    return span.parts + ((tile * span.length + token) * heads.heads + head) * part_size(heads);
+}
+
+// One cell of a packed tile is 32 bits: a float, or two bfloat16 that are multiplied together.
+struct FloatTile {
+    static constexpr bool coarse = false;
+    static constexpr int pair = 1;
+    static GRISTMILL_INLINE Floats product(Words a, Words b, Floats sum) { return fused((Floats)a, (Floats)b, sum); }
+};
+#if defined(GRISTMILL_BF16)
+struct PairTile {
+    static constexpr bool coarse = true;
+    static constexpr int pair = 2;
+    static GRISTMILL_INLINE Floats product(Words a, Words b, Floats sum) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+GRISTMILL_INLINE Words pairs_of(Floats low, Floats high) {
+    return (Words)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+#endif
+
+// c (rows, 16 * width) = a (rows, steps) b (width, steps, 16), all but c in cells.
+template <class T, int rows, int width>
+inline void tile_product(const uint32_t* a, long lda, const uint32_t* b, long ldb, long steps, float* c, long ldc) {
+    Floats sums[rows][width] = {};
+    for (long step = 0; step < steps; step++) {
+        Words right[width];
+#pragma GCC unroll 4
+        for (int v = 0; v < width; v++) right[v] = load<Words>(b + v * ldb + step * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            Words left = Words{} + a[r * lda + step];
+#pragma GCC unroll 4
+            for (int v = 0; v < width; v++) sums[r][v] = T::product(left, right[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < width; v++) store(c + r * ldc + v * LANES, sums[r][v]);
+}
+
+template <class T, int rows>
+inline void tile_rows(const uint32_t* a, long lda, const uint32_t* b, long ldb, long steps, float* c, long ldc,
+                      long vectors) {
+    for (; vectors >= 4; vectors -= 4, b += 4 * ldb, c += 4 * LANES)
+        tile_product<T, rows, 4>(a, lda, b, ldb, steps, c, ldc);
+    if (vectors == 3) tile_product<T, rows, 3>(a, lda, b, ldb, steps, c, ldc);
+    if (vectors == 2) tile_product<T, rows, 2>(a, lda, b, ldb, steps, c, ldc);
+    if (vectors == 1) tile_product<T, rows, 1>(a, lda, b, ldb, steps, c, ldc);
+}
+
+template <class T>
+inline void product(long rows, const uint32_t* a, long lda, const uint32_t* b, long ldb, long steps, float* c, long ldc,
+                    long vectors) {
+    switch (rows) {
+        case 6: return tile_rows<T, 6>(a, lda, b, ldb, steps, c, ldc, vectors);
+        case 5: return tile_rows<T, 5>(a, lda, b, ldb, steps, c, ldc, vectors);
+        case 4: return tile_rows<T, 4>(a, lda, b, ldb, steps, c, ldc, vectors);
+        case 3: return tile_rows<T, 3>(a, lda, b, ldb, steps, c, ldc, vectors);
+        case 2: return tile_rows<T, 2>(a, lda, b, ldb, steps, c, ldc, vectors);
+        default: return tile_rows<T, 1>(a, lda, b, ldb, steps, c, ldc, vectors);
+    }
+}
+
+// 16 rows of 16 cells become 16 columns.
+GRISTMILL_INLINE void transpose(Words (&x)[LANES]) {
+#if defined(GRISTMILL_AVX512)
+    __m512i a[LANES], b[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), high = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        __m512i low2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+        __m512i high2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+        x[i] = (Words)_mm512_shuffle_i32x4(low, low2, 0x88);
+        x[i + 4] = (Words)_mm512_shuffle_i32x4(high, high2, 0x88);
+        x[i + 8] = (Words)_mm512_shuffle_i32x4(low, low2, 0xdd);
+        x[i + 12] = (Words)_mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) std::swap(x[i][j], x[j][i]);
+#endif
+}
+
+// 16 cells from value `from` of a stored head that has `dim` of them; int8 as whole numbers, without its scale.
+template <class T, int kind>
+GRISTMILL_INLINE Words cells(const char* head, long from, long dim) {
+    long count = std::min<long>(dim - from, LANES * T::pair);
+#if defined(GRISTMILL_BF16)
+    if (T::pair == 2) {
+        __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+        if (kind == CACHE_BFLOAT16) return (Words)_mm512_maskz_loadu_epi16(mask, head + 2 * from);
+        __m256i bytes = _mm256_maskz_loadu_epi8(mask, head + from);
+        __m512i low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes));
+        __m512i high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1));
+        return pairs_of((Floats)_mm512_cvtepi32_ps(low), (Floats)_mm512_cvtepi32_ps(high));
+    }
+#endif
+    Floats values{};
+    if (kind == CACHE_FLOAT32) return (Words)load_part((const float*)head + from, count);
+    for (long i = 0; i < count; i++)
+        values[i] = kind == CACHE_BFLOAT16 ? from_bf16(((const uint16_t*)head)[from + i])
+                                           : (float)((const int8_t*)head)[from + i];
+    return (Words)values;
+}
+
+// The buffers of one thread.
+struct Scratch {
+    uint32_t *query, *keys, *values, *weights;
+    float *scores, *part, *out, *top, *sum;
+    float key_scales[TILE], value_scales[TILE];
+
+    static long cell_steps(long dim) { return round_up(dim, 2 * LANES); }
+    static size_t words(const Heads& heads) {
+        long dim = cell_steps(heads.dim), rows = BLOCK_ROWS + heads.group();
+        return rows * dim * 2 + 2 * TILE * dim + ROWS * (2 * TILE + dim) + 2 * round_up(rows, LANES);
+    }
+    Scratch(const Heads& heads, uint32_t* at) {
+        long dim = cell_steps(heads.dim), rows = BLOCK_ROWS + heads.group();
+        query = at, keys = query + rows * dim, values = keys + TILE * dim, weights = values + TILE * dim;
+        scores = (float*)(weights + ROWS * TILE), part = scores + ROWS * TILE, out = part + ROWS * dim;
+        top = out + rows * dim, sum = top + round_up(rows, LANES);
+    }
+};
+
+template <class T, int kind>
+struct Attention {
+    const Heads& heads;
+    const Cache& cache;
+    const Span& span;
+    long window;
+    Scratch& scratch;
+
+    static constexpr long size = kind == CACHE_FLOAT32 ? 4 : kind == CACHE_BFLOAT16 ? 2 : 1;
+    long steps() const { return (heads.dim + T::pair - 1) / T::pair; }       // cells of a head
+    long padded() const { return round_up(steps(), LANES); }
+    long vectors() const { return (heads.dim + LANES - 1) / LANES; }
+    long width() const { return vectors() * LANES; }
+    static constexpr long value_steps = TILE / T::pair;
+
+    void pack_query(const float* query, long ld, const Item& item, long head) {
+        float factor = heads.factor * LOG2_E;
+        long group = heads.group(), row = 0;
+        for (long token = item.first; token < item.last; token++)
+            for (long g = 0; g < group; g++, row++) {
+                const float* from = query + (span.row + token) * ld + (head * group + g) * heads.dim;
+                uint32_t* to = scratch.query + row * padded();
+                for (long i = 0; i < heads.dim; i += LANES * T::pair) {
+                    Floats low = load_part(from + i, heads.dim - i) * factor;
+#if defined(GRISTMILL_BF16)
+                    if (T::pair == 2) {
+                        Floats high{};
+                        if (i + LANES < heads.dim) high = load_part(from + i + LANES, heads.dim - i - LANES) * factor;
+                        store(to + i / 2, pairs_of(low, high));
+                        continue;
+                    }
+#endif
+                    store(to + i, low);
+                }
+            }
+    }
+
+    // Keys [first, first + count) of one head; the places after them in the last 16 are zero.
+    void pack_tile(long first, long count, long head) {
+        const long stride = heads.kv_heads * heads.dim * size, offset = head * heads.dim * size;
+        for (long key = 0; key < count; key += LANES) {
+            long real = std::min<long>(LANES, count - key);
+            const int32_t* slots = span.slots + first + key;
+            for (long i = 0; i < steps(); i += LANES) {
+                Words block[LANES];
+                for (long lane = 0; lane < LANES; lane++)
+                    block[lane] = lane < real ? cells<T, kind>(cache.keys + slots[lane] * stride + offset, i * T::pair,
+                                                               heads.dim)
+                                              : Words{};
+                transpose(block);
+                uint32_t* to = scratch.keys + (key / LANES * padded() + i) * LANES;
+                for (long step = 0; step < LANES; step++) store(to + step * LANES, block[step]);
+            }
+            pack_values(slots, key, real, stride, offset);
+            if (kind == CACHE_INT8)
+                for (long lane = 0; lane < LANES; lane++) {
+                    long at = lane < real ? slots[lane] * heads.kv_heads + head : 0;
+                    scratch.key_scales[key + lane] = lane < real ? cache.key_scales[at] : 0.0f;
+                    scratch.value_scales[key + lane] = lane < real ? cache.value_scales[at] : 0.0f;
+                }
+        }
+    }
+
+    void pack_values(const int32_t* slots, long key, long real, long stride, long offset) {
+        for (long lane = 0; lane < LANES; lane += T::pair)
+            for (long i = 0; i < heads.dim; i += LANES * T::pair) {
+                Words row = {}, next = {};
+                if (lane < real) row = cells<T, kind>(cache.values + slots[lane] * stride + offset, i, heads.dim);
+                uint32_t* to = scratch.values + (i / LANES * value_steps + (key + lane) / T::pair) * LANES;
+#if defined(GRISTMILL_BF16)
+                if (T::pair == 2) {
+                    if (lane + 1 < real)
+                        next = cells<T, kind>(cache.values + slots[lane + 1] * stride + offset, i, heads.dim);
+                    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                                   38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+                    __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+                    store(to, (Words)_mm512_permutex2var_epi16((__m512i)row, low, (__m512i)next));
+                    row = (Words)_mm512_permutex2var_epi16((__m512i)row, high, (__m512i)next);
+                    if (i + LANES < heads.dim) store(to + value_steps * LANES, row);
+                    continue;
+                }
+#endif
+                (void)next;
+                store(to, row);
+            }
+    }
+
+    // The scores of one row become weights relative to the tile's maximum; keys [from, seen) of the tile are seen.
+    void soften(float* scores, uint32_t* weights, long vectors, long from, long seen, float& top, float& sum) {
+        if (from > 0) std::fill(scores, scores + std::min(from, vectors * LANES), -INFINITY);
+        if (seen < vectors * LANES) std::fill(scores + std::max(seen, 0l), scores + vectors * LANES, -INFINITY);
+        Floats highest = splat(LOWEST), total{};
+        for (long v = 0; v < vectors; v++) {
+            Floats x = load<Floats>(scores + v * LANES);
+            if (kind == CACHE_INT8) {  // a place behind the last key has the scale 0, which must not meet its -inf
+                Floats scaled = x * load<Floats>(scratch.key_scales + v * LANES);
+                x = x == -INFINITY ? x : scaled;
+                store(scores + v * LANES, x);
+            }
+            highest = largest(highest, x);
+        }
+        top = largest_of(highest);
+        for (long v = 0; v < vectors; v += T::pair) {
+            Floats weight = weigh(scores, v, top, total);
+#if defined(GRISTMILL_BF16)
+            if (T::pair == 2) {
+                Floats next = v + 1 < vectors ? weigh(scores, v + 1, top, total) : Floats{};
+                store(weights + v * LANES / 2, pairs_of(weight, next));
+                continue;
+            }
+#endif
+            store(weights + v * LANES, weight);
+        }
+        sum = sum_of(total);
+    }
+
+    GRISTMILL_INLINE Floats weigh(const float* scores, long v, float top, Floats& total) {
+        Floats weight = exp2_of<T::coarse>(load<Floats>(scores + v * LANES) - top);
+        total += weight;
+        return kind == CACHE_INT8 ? weight * load<Floats>(scratch.value_scales + v * LANES) : weight;
+    }
+
+    // Rows [row, row + rows) of the item over the packed tile of `count` keys from `first`; merged into what the rows
+    // have so far.
+    void attend_rows(const Item& item, long row, long rows, long first, long count) {
+        const long group = heads.group();
+        const long position = span.start + item.first + row / group;
+        const long last = span.start + item.first + (row + rows - 1) / group;
+        const long needed = std::min(count, last + 1 - first);
+        if (needed <= 0 || (window && position - window >= first + count - 1)) return;
+        const long vectors = (needed + LANES - 1) / LANES;
+        product<T>(rows, scratch.query + row * padded(), padded(), scratch.keys, padded() * LANES, steps(),
+                   scratch.scores, TILE, vectors);
+        float tops[LANES], sums[LANES] = {};
+        std::fill(tops, tops + LANES, LOWEST);
+        for (long r = 0; r < rows; r++) {
+            long at = span.start + item.first + (row + r) / group;
+            soften(scratch.scores + r * TILE, scratch.weights + r * TILE, vectors,
+                   window ? at - window + 1 - first : 0, std::min(needed, at + 1 - first), tops[r], sums[r]);
+        }
+        product<T>(rows, scratch.weights, TILE, scratch.values, value_steps * LANES,
+                   (vectors * LANES + T::pair - 1) / T::pair, scratch.part, width(), this->vectors());
+        Floats before = load_part(scratch.top + row, rows), tile = load<Floats>(tops), top = largest(tile, before);
+        before = exp2_of(before - top), tile = exp2_of(tile - top);
+        store_part(scratch.top + row, top, rows);
+        store_part(scratch.sum + row, fused(load<Floats>(sums), tile, load_part(scratch.sum + row, rows) * before), rows);
+        for (long r = 0; r < rows; r++)
+            for (long i = 0; i < width(); i += LANES) {
+                float* out = scratch.out + (row + r) * width() + i;
+                Floats sum = load<Floats>(out) * before[r];
+                store(out, fused(load<Floats>(scratch.part + r * width() + i), splat(tile[r]), sum));
+            }
+    }
+
+    void clear(long rows) {
+        std::fill(scratch.out, scratch.out + rows * width(), 0.0f);
+        std::fill(scratch.top, scratch.top + rows, LOWEST);
+        std::fill(scratch.sum, scratch.sum + rows, 0.0f);
+    }
+
+    void keep_part(const Item& item, long head, long tile, float* parts) {
+        const long group = heads.group();
+        for (long row = 0; row < (item.last - item.first) * group; row++) {
+            float* part = parts + part_at(heads, span, tile, item.first + row / group, head * group + row % group);
+            std::memcpy(part, scratch.out + row * width(), width() * sizeof(float));
+            part[width()] = scratch.top[row], part[width() + 1] = scratch.sum[row];
+        }
+    }
+
+    void finish(const Item& item, long head, float* attended, long ld) {
+        const long group = heads.group();
+        for (long row = 0; row < (item.last - item.first) * group; row++) {
+            float* to = attended + (span.row + item.first + row / group) * ld + (head * group + row % group) * heads.dim;
+            float share = 1.0f / scratch.sum[row];
+            for (long i = 0; i < heads.dim; i += LANES)
+                store_part(to + i, load<Floats>(scratch.out + row * width() + i) * share, heads.dim - i);
+        }
+    }
+
+    void run(const Item& item, const float* query, long ldq, float* attended, long ldo, float* parts) {
+        const long rows = (item.last - item.first) * heads.group(), end = span.start + item.last;
+        const long begin = window ? std::max(0l, span.start + item.first - window + 1) : 0;
+        const long from = std::max(item.tile, begin / TILE), to = std::min(item.tile_end, (end + TILE - 1) / TILE);
+        for (long head = item.head; head < item.head_end; head++) {
+            pack_query(query, ldq, item, head);
+            clear(rows);
+            for (long tile = from; tile < to; tile++) {
+                long first = tile * TILE, count = std::min<long>(TILE, end - first);
+                pack_tile(first, count, head);
+                for (long row = 0; row < rows; row += ROWS)
+                    attend_rows(item, row, std::min<long>(ROWS, rows - row), first, count);
+                if (span.parts < 0) continue;
+                keep_part(item, head, tile, parts);
+                clear(rows);
+            }
+            if (span.parts < 0) finish(item, head, attended, ldo);
+        }
+    }
+};
+
+// Attend one item: query rows (tokens, ldq) and attended rows (tokens, ldo) of the flat batch.
+inline void attend(const Heads& heads, const Cache& cache, const Span& span, long window, Scratch& scratch,
+                   const Item& item, const float* query, long ldq, float* attended, long ldo, float* parts) {
+#if defined(GRISTMILL_BF16)
+    using Narrow = PairTile;
+#else
+    using Narrow = FloatTile;
+#endif
+    if (cache.kind == CACHE_FLOAT32)
+        Attention<FloatTile, CACHE_FLOAT32>{heads, cache, span, window, scratch}.run(item, query, ldq, attended, ldo,
+                                                                                   parts);
+    else if (cache.kind == CACHE_BFLOAT16)
+        Attention<Narrow, CACHE_BFLOAT16>{heads, cache, span, window, scratch}.run(item, query, ldq, attended, ldo,
+                                                                                 parts);
+    else
+        Attention<Narrow, CACHE_INT8>{heads, cache, span, window, scratch}.run(item, query, ldq, attended, ldo, parts);
+}
+
+// Merge what the tiles gave a token of a span with parts, in the order in which one item would have.
+inline void merge_parts(const Heads& heads, const Span& span, long window, long token, const float* parts,
+                        float* attended) {
+    const long position = span.start + token, width = round_up(heads.dim, LANES);
+    const long from = window ? std::max(0l, position - window + 1) / TILE : 0, to = position / TILE + 1;
+    for (long head = 0; head < heads.heads; head++) {
+        Floats out[MOST_DIM / LANES] = {}, top = splat(LOWEST), sum{};
+        for (long tile = from; tile < to; tile++) {
+            const float* part = parts + part_at(heads, span, tile, token, head);
+            Floats tile_top = splat(part[width]), highest = largest(tile_top, top);
+            Floats before = exp2_of(top - highest), share = exp2_of(tile_top - highest);
+            top = highest, sum = fused(splat(part[width + 1]), share, sum * before);
+            for (long i = 0; i < width; i += LANES)
+                out[i / LANES] = fused(load<Floats>(part + i), share, out[i / LANES] * before);
+        }
+        Floats share = splat(1.0f / sum[0]);
+        for (long i = 0; i < heads.dim; i += LANES)
+            store_part(attended + head * heads.dim + i, out[i / LANES] * share, heads.dim - i);
+    }
+}
+
+// Cut a step into items, the largest first, and give the spans that several items share room for their parts.
+// Returns the floats that all parts take.
+inline long plan_items(const Heads& heads, std::vector<Span>& spans, int threads, std::vector<Item>& items) {
+    const long group = heads.group();
+    long units = 0, parts = 0;
+    for (Span& span : spans)
+        if (span.length * group <= SMALL) units += span.tiles() * heads.kv_heads;
+    const long target = std::max(1l, units / (4 * threads));
+    items.clear();
+    for (long s = 0; s < (long)spans.size(); s++) {
+        Span& span = spans[s];
+        span.parts = -1;
+        const long tiles = span.tiles();
+        if (span.length * group > SMALL) {
+            const long block = std::max(1l, BLOCK_ROWS / group);
+            for (long first = 0; first < span.length; first += block)
+                for (long head = 0; head < heads.kv_heads; head++)
+                    items.push_back({s, first, std::min(first + block, span.length), head, head + 1, 0, tiles});
+            continue;
+        }
+        const bool all = target >= heads.kv_heads;
+        const long step = all ? std::min(tiles, target / heads.kv_heads) : 1, at_once = all ? heads.kv_heads : 1;
+        if (step < tiles) {
+            span.parts = parts;
+            parts += tiles * span.length * heads.heads * part_size(heads);
+        }
+        for (long tile = 0; tile < tiles; tile += step)
+            for (long head = 0; head < heads.kv_heads; head += at_once)
+                items.push_back({s, 0, span.length, head, head + at_once, tile, std::min(tile + step, tiles)});
+    }
+    auto cost = [&](const Item& item) {
+        long seen = std::min(item.tile_end, (spans[item.span].start + item.last + TILE - 1) / TILE) - item.tile;
+        return seen * (item.head_end - item.head) * (8 + (item.last - item.first) * group);
+    };
+    std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
+    return parts;
+}
+
+}  // namespace gristmill

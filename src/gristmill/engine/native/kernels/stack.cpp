@@ -1,0 +1,332 @@
+// A whole step of a decoder of the Llama family in one call, compiled twin of gristmill.model's pre-norm block.
+//
+// One parallel region runs all layers; its threads meet at barriers between the phases of a layer. Every phase splits
+// its work so that a row's result does not depend on the split.
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdlib>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace gristmill {
+namespace {
+
+// What Python fills, once for a model. Weights, norms and the cache belong to Python.
+struct Layer {
+    Linear qkv, output, gate_up, down;
+    const float *attention_norm, *mlp_norm;  // null: no norm
+    const float *query_norm, *key_norm;      // (head_dim), null: none
+    int32_t place, window, rotary, unused;   // place in the cache; window 0: none; rotary: which tables, -1 none
+};
+
+struct Decoder {
+    int32_t hidden, heads, kv_heads, head_dim, inner, vocab, layer_count, activation;
+    int32_t block_size, cache_kind, rotary_dim[2];
+    float eps, factor, logit_scale, logit_softcap;  // softcap 0: none
+    int64_t slots;
+    const Layer* layers;
+    const Linear* head;
+    const float* final_norm;
+    char *keys, *values;
+    float *key_scales, *value_scales;
+};
+
+// What Python fills for a step. `rope_rows`: the row of the tables for each token, null where it is the position.
+struct Step {
+    int64_t tokens, chunk_count;
+    const int64_t *starts, *lengths, *tables, *table_starts;  // tables: block ids, those of chunk i from table_starts[i]
+    const float *cosines[2], *sines[2];
+    int64_t rope_by_token;
+    float *x, *hidden;  // (tokens, hidden): embedded tokens, which become the residual stream; final states
+};
+
+// Threads of one region wait for each other. They spin: a phase takes microseconds.
+class Barrier {
+    std::atomic<int> waiting{0}, round{0};
+
+  public:
+    void wait(int threads) {
+        if (threads == 1) return;
+        int now = round.load(std::memory_order_relaxed);
+        if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+            waiting.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int turn = 0; round.load(std::memory_order_acquire) == now; turn++)
+            if (turn < 20000)
+                __builtin_ia32_pause();
+            else
+                sched_yield();  // somebody has no processor of its own
+    }
+};
+
+// Memory that grows and is kept: fresh pages cost as much as a pass over them.
+class Buffer {
+    void* memory = nullptr;
+    size_t size = 0;
+
+  public:
+    ~Buffer() { std::free(memory); }
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    template <class T>
+    T* of(size_t bytes) {
+        if (bytes > size) {
+            std::free(memory);
+            size = round_up(bytes + bytes / 4, 4096);
+            memory = std::aligned_alloc(4096, size);
+            if (!memory) std::abort();
+        }
+        return (T*)memory;
+    }
+};
+
+}  // namespace
+
+class Stack {
+    const Decoder decoder;
+    const int threads;
+    const Heads heads;
+    const std::vector<Layer> layers;
+    Barrier barrier;
+    Buffer row_memory, projected_memory, attended_memory, inner_memory, part_memory, scratch_memory, logit_memory;
+    std::vector<int32_t> slots;      // of all positions of all spans
+    std::vector<int32_t> span_of;    // token -> span
+    std::vector<Span> spans;
+    std::vector<Item> items;
+    std::vector<std::atomic<long>> next_item;  // one counter for each layer
+    float *projected, *attended, *inner, *parts;
+    char* row_buffer;
+    uint32_t* scratch_words;
+    size_t scratch_stride;
+
+    long qkv_size() const { return (heads.heads + 2 * heads.kv_heads) * heads.dim; }
+    long query_size() const { return heads.heads * heads.dim; }
+
+    void make_room(const Step& step) {
+        size_t most = 0;
+        for (const Layer& layer : layers)
+            for (const Linear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down})
+                most = std::max(most, rows_bytes(*linear, step.tokens));
+        row_buffer = row_memory.of<char>(most);
+        projected = projected_memory.of<float>(step.tokens * qkv_size() * sizeof(float));
+        attended = attended_memory.of<float>(step.tokens * query_size() * sizeof(float));
+        inner = inner_memory.of<float>(step.tokens * 2 * decoder.inner * sizeof(float));
+        long widest = std::max<long>({decoder.hidden, decoder.inner, query_size()});
+        scratch_stride = round_up(Scratch::words(heads) + widest, 1024);
+        scratch_words = scratch_memory.of<uint32_t>(scratch_stride * threads * sizeof(uint32_t));
+    }
+
+    void plan(const Step& step) {
+        spans.clear(), span_of.clear();
+        size_t positions = 0;
+        long row = 0;
+        for (long i = 0; i < step.chunk_count; i++) positions += step.starts[i] + step.lengths[i];
+        slots.resize(positions);
+        int32_t* at = slots.data();
+        for (long i = 0; i < step.chunk_count; i++) {
+            const long end = step.starts[i] + step.lengths[i], size = decoder.block_size;
+            spans.push_back({row, step.starts[i], step.lengths[i], at, -1});
+            const int64_t* table = step.tables + step.table_starts[i];
+            for (long first = 0; first < end; first += size, table++)
+                for (long p = first; p < std::min(first + size, end); p++) *at++ = (int32_t)(*table * size + p - first);
+            span_of.insert(span_of.end(), step.lengths[i], (int32_t)i);
+            row += step.lengths[i];
+        }
+        long floats = plan_items(heads, spans, threads, items);
+        parts = part_memory.of<float>(floats * sizeof(float));
+        for (auto& counter : next_item) counter.store(0, std::memory_order_relaxed);
+    }
+
+    Cache cache_of(const Layer& layer) const {
+        const long size = decoder.cache_kind == CACHE_FLOAT32 ? 4 : decoder.cache_kind == CACHE_BFLOAT16 ? 2 : 1;
+        const long entries = layer.place * decoder.slots * heads.kv_heads;
+        return {decoder.cache_kind, decoder.keys + entries * heads.dim * size,
+                decoder.values + entries * heads.dim * size, decoder.key_scales + entries,
+                decoder.value_scales + entries};
+    }
+
+    // Head `index` of a token's projection: queries and keys are normed and turned, keys and values go to their slot.
+    void place_head(const Step& step, const Layer& layer, const Cache& cache, long token, long index) {
+        const Span& span = spans[span_of[token]];
+        const long position = span.start + token - span.row;
+        float* head = projected + token * qkv_size() + index * heads.dim;
+        const bool is_query = index < heads.heads, is_value = index >= heads.heads + heads.kv_heads;
+        if (!is_value) {
+            const float* norm = is_query ? layer.query_norm : layer.key_norm;
+            if (norm) rms_norm(head, norm, decoder.eps, head, heads.dim);
+            if (layer.rotary >= 0) {
+                const long dim = decoder.rotary_dim[layer.rotary], row = step.rope_by_token ? token : position;
+                rotate(head, step.cosines[layer.rotary] + row * dim, step.sines[layer.rotary] + row * dim, dim);
+            }
+        }
+        if (is_query) return;
+        const long kv = index - heads.heads - (is_value ? heads.kv_heads : 0);
+        const long entry = span.slots[position] * heads.kv_heads + kv;
+        store_head(head, is_value ? cache.values : cache.keys, is_value ? cache.value_scales : cache.key_scales, entry);
+    }
+
+    void store_head(const float* head, char* store, float* scales, long entry) const {
+        if (decoder.cache_kind == CACHE_FLOAT32) {
+            std::memcpy(store + entry * heads.dim * 4, head, heads.dim * sizeof(float));
+        } else if (decoder.cache_kind == CACHE_BFLOAT16) {
+            uint16_t* to = (uint16_t*)store + entry * heads.dim;
+            for (long i = 0; i < heads.dim; i++) to[i] = to_bf16(head[i]);
+        } else {
+            int8_t* to = (int8_t*)store + entry * heads.dim;
+            float most = 0.0f;
+            bool finite = true;
+            for (long i = 0; i < heads.dim; i++) most = std::max(most, std::fabs(head[i])), finite &= head[i] - head[i] == 0;
+            const float scale = std::max(most / 127.0f, 1.17549435e-38f);
+            for (long i = 0; i < heads.dim; i++) to[i] = finite ? (int8_t)std::nearbyint(head[i] / scale) : 0;
+            scales[entry] = finite ? scale : NAN;
+        }
+    }
+
+    void attention(const Layer& layer, const Cache& cache, std::atomic<long>& next, int thread) {
+        Scratch scratch(heads, scratch_words + scratch_stride * thread);
+        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)items.size();)
+            attend(heads, cache, spans[items[i].span], layer.window, scratch, items[i], projected, qkv_size(), attended,
+                   query_size(), parts);
+    }
+
+    void run_layer(const Step& step, const Layer& layer, std::atomic<long>& next, int thread, int team) {
+        const long tokens = step.tokens, hidden = decoder.hidden;
+        const Share mine(tokens, thread, team);
+        float* row = (float*)(scratch_words + scratch_stride * thread) + Scratch::words(heads);
+        const Cache cache = cache_of(layer);
+
+        Rows rows = rows_at(layer.qkv, row_buffer, tokens);
+        for (long t = mine.begin; t < mine.end; t++) {
+            rms_norm(step.x + t * hidden, layer.attention_norm, decoder.eps, row, hidden);
+            prepare_row(rows, t, row);
+        }
+        barrier.wait(team);
+        multiply(layer.qkv, rows, tokens, projected, qkv_size(), false, thread, team);
+        barrier.wait(team);
+        const long per_token = heads.heads + 2 * heads.kv_heads;
+        const Share units(tokens * per_token, thread, team);
+        for (long unit = units.begin; unit < units.end; unit++)
+            place_head(step, layer, cache, unit / per_token, unit % per_token);
+        barrier.wait(team);
+        attention(layer, cache, next, thread);
+        barrier.wait(team);
+        rows = rows_at(layer.output, row_buffer, tokens);
+        for (long t = mine.begin; t < mine.end; t++) {
+            const Span& span = spans[span_of[t]];
+            float* own = attended + t * query_size();
+            if (span.parts >= 0) merge_parts(heads, span, layer.window, t - span.row, parts, own);
+            prepare_row(rows, t, own);
+        }
+        barrier.wait(team);
+        multiply(layer.output, rows, tokens, step.x, hidden, true, thread, team);
+        barrier.wait(team);
+        rows = rows_at(layer.gate_up, row_buffer, tokens);
+        for (long t = mine.begin; t < mine.end; t++) {
+            rms_norm(step.x + t * hidden, layer.mlp_norm, decoder.eps, row, hidden);
+            prepare_row(rows, t, row);
+        }
+        barrier.wait(team);
+        multiply(layer.gate_up, rows, tokens, inner, 2 * decoder.inner, false, thread, team);
+        barrier.wait(team);
+        rows = rows_at(layer.down, row_buffer, tokens);
+        for (long t = mine.begin; t < mine.end; t++) {
+            const float* gate = inner + t * 2 * decoder.inner;
+            gated(decoder.activation, gate, gate + decoder.inner, row, decoder.inner);
+            prepare_row(rows, t, row);
+        }
+        barrier.wait(team);
+        multiply(layer.down, rows, tokens, step.x, hidden, true, thread, team);
+        barrier.wait(team);
+    }
+
+    void head(const float* hidden, long rows, float* logits, int thread, int team) {
+        Rows prepared = rows_at(*decoder.head, row_buffer, rows);
+        float* row = (float*)(scratch_words + scratch_stride * thread) + Scratch::words(heads);
+        const Share mine(rows, thread, team);
+        for (long r = mine.begin; r < mine.end; r++) {
+            const float* from = hidden + r * decoder.hidden;
+            if (decoder.logit_scale != 1.0f) {
+                for (long i = 0; i < decoder.hidden; i++) row[i] = from[i] * decoder.logit_scale;
+                from = row;
+            }
+            prepare_row(prepared, r, from);
+        }
+        barrier.wait(team);
+        multiply(*decoder.head, prepared, rows, logits, decoder.vocab, false, thread, team);
+        barrier.wait(team);
+        if (decoder.logit_softcap == 0.0f) return;
+        const Share values(rows * decoder.vocab, thread, team);
+        for (long i = values.begin; i < values.end; i++)
+            logits[i] = decoder.logit_softcap * std::tanh(logits[i] / decoder.logit_softcap);
+        barrier.wait(team);
+    }
+
+    void make_head_room(long rows) {
+        row_buffer = row_memory.of<char>(rows_bytes(*decoder.head, rows));
+        scratch_stride = round_up(Scratch::words(heads) + decoder.hidden, 1024);
+        scratch_words = scratch_memory.of<uint32_t>(scratch_stride * threads * sizeof(uint32_t));
+    }
+
+  public:
+    Stack(const Decoder& decoder, int threads)
+        : decoder(decoder), threads(threads),
+          heads{decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.factor},
+          layers(decoder.layers, decoder.layers + decoder.layer_count), next_item(decoder.layer_count) {}
+
+    void run(const Step& step) {
+        make_room(step);
+        plan(step);
+#pragma omp parallel num_threads(threads)
+        {
+            const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+            for (size_t i = 0; i < layers.size(); i++) run_layer(step, layers[i], next_item[i], thread, team);
+            const Share mine(step.tokens, thread, team);
+            for (long t = mine.begin; t < mine.end; t++)
+                rms_norm(step.x + t * decoder.hidden, decoder.final_norm, decoder.eps, step.hidden + t * decoder.hidden,
+                         decoder.hidden);
+        }
+    }
+
+    void logits(const float* hidden, long rows, float* into) {
+        make_head_room(rows);
+#pragma omp parallel num_threads(threads)
+        head(hidden, rows, into, omp_get_thread_num(), omp_get_num_threads());
+    }
+
+    void greedy(const float* hidden, long rows, int64_t* best, float* highest) {
+        make_head_room(rows);
+        float* into = logit_memory.of<float>(rows * decoder.vocab * sizeof(float));
+#pragma omp parallel num_threads(threads)
+        {
+            const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+            head(hidden, rows, into, thread, team);
+            argmax_rows(into, decoder.vocab, rows, decoder.vocab, best, highest, thread, team);
+        }
+    }
+};
+
+}  // namespace gristmill
+
+// What Python calls.
+extern "C" {
+
+void* gristmill_stack(const gristmill::Decoder* decoder, int threads) { return new gristmill::Stack(*decoder, threads); }
+
+void gristmill_stack_free(gristmill::Stack* stack) { delete stack; }
+
+void gristmill_stack_run(gristmill::Stack* stack, const gristmill::Step* step) { stack->run(*step); }
+
+void gristmill_stack_logits(gristmill::Stack* stack, const float* hidden, long rows, float* logits) {
+    stack->logits(hidden, rows, logits);
+}
+
+void gristmill_stack_greedy(gristmill::Stack* stack, const float* hidden, long rows, int64_t* best, float* highest) {
+    stack->greedy(hidden, rows, best, highest);
+}
+
+}

@@ -1,0 +1,1 @@
+"""Several tokens a step: drafts proposed cheaply and verified exactly."""

@@ -1,0 +1,1 @@
+"""Weights in eight or four bits: rounding, calibrated rounding, layers, checkpoints."""
