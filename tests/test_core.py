@@ -32,11 +32,51 @@ from gristmill.errors import RequestError
         ("prompt_logprobs", -1),
         ("stop", ""),
         ("stop", ["fine", ""]),
+        ("top_p", "0.5"),
+        ("typical_p", 0.0),
+        ("epsilon_cutoff", 1.0),
+        ("eta_cutoff", -0.1),
+        ("top_n_sigma", float("inf")),
+        ("no_repeat_ngram_size", -1),
+        ("bad_words", "word"),
+        ("bad_words", [5, 6]),
+        ("bad_words", [[]]),
+        ("length_decay", (3,)),
+        ("length_decay", (1.5, 1.1)),
+        ("length_decay", (3, 0.0)),
+        ("length_decay", (16, 1.1)),
+        ("max_time", 0.0),
+        ("max_flops", -1.0),
+        ("stop_below_probability", 1.1),
+        ("repetition_stop", (2, 1)),
+        ("repetition_stop", (0, 3)),
+        ("repetition_stop", (1, 17)),
+        ("thinking_budget", 16),
+        ("thinking_budget", -1),
+        ("min_thinking_tokens", 16),
+        ("think_end", ""),
+        ("think_end", 5),
+        ("think_waits", -1),
+        ("think_wait", ""),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(RequestError, match=field) as caught:
         SamplingParams(**{field: value})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("length_decay", {"length_decay": (3, 1.1), "ignore_eos": True}),
+        ("min_thinking_tokens", {"min_thinking_tokens": 5, "thinking_budget": 4}),
+        ("think_waits", {"think_waits": 5, "thinking_budget": 4}),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        SamplingParams(**values)
     assert caught.value.field == field
 
 

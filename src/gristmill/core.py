@@ -71,9 +71,7 @@ class StructuredOutput:
         value = getattr(self, given[0])
         if not isinstance(value, kinds[given[0]]):
             named = " or ".join(kind.__name__ for kind in kinds[given[0]])
-            raise RequestError(
-                f"structured.{given[0]} must be {named}, got {value!r}", field=f"structured.{given[0]}"
-            )
+            raise RequestError(f"structured.{given[0]} must be {named}, got {value!r}", field=f"structured.{given[0]}")
 
     @property
     def kind(self) -> str:
@@ -87,7 +85,9 @@ class StructuredOutput:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise RequestError(f"unknown field structured.{name}.{closest(name, known)}", field=f"structured.{name}")
+                raise RequestError(
+                    f"unknown field structured.{name}.{closest(name, known)}", field=f"structured.{name}"
+                )
         return cls(**values)
 
 

@@ -17,6 +17,7 @@ from gristmill.cli.options import parse, parser_for
 FROZEN = Path(__file__).with_name("options.txt")
 REQUIRED = {
     "generate": ["m"],
+    "batch": ["in.jsonl", "out.jsonl", "m"],
     "chat": ["m"],
     "serve": ["m"],
     "import": ["m", "d"],
@@ -70,6 +71,7 @@ def test_the_printed_configuration_loads_back_to_the_same_object(
     given_options = {
         "quickstart": ["--preset", "nano", "--out", "a: b # c", "--seed", "7"],
         "generate": ["--prompt", "line\nline: 'x' # y", "--chat", "--temperature", "0", "--stop", '["a", "\\n"]'],
+        "batch": ["--in_flight", "8", "--temperature", "0", "--seed", "3"],
         "chat": ["--system", "brief: yes # no", "--seed", "3", "--top_p", "0.5"],
         "serve": ["--port", "0", "--name", "null-and-void"],
         "import": ["--dtype", "bfloat16", "--verify"],

@@ -15,6 +15,7 @@ from torch import Tensor
 from gristmill.core import BatchUpdate, LogitsProcessor, LogitsRow, SamplingParams
 
 PROMPT = [5, 6, 7, 5, 6]
+NEUTRAL = SamplingParams(max_tokens=1000)
 
 
 def some_ids(seed: int) -> list[int]:
@@ -37,7 +38,7 @@ class ProcessorCase:
     vocab: int = 40
     outputs: Callable[[int], list[int]] = some_ids
     end_ids: tuple[int, ...] = (2, 3)
-    neutral: SamplingParams = SamplingParams(max_tokens=1000)
+    neutral: SamplingParams = NEUTRAL
     """Parameters that do not concern it."""
 
     def __str__(self) -> str:
@@ -49,7 +50,7 @@ class ProcessorCase:
         for params in slots:
             made.validate(params)
         added = [(slot, params, PROMPT) for slot, params in enumerate(slots)]
-        made.update(BatchUpdate(added=added, end_ids={slot: self.end_ids for slot in range(len(slots))}))
+        made.update(BatchUpdate(added=added, end_ids=dict.fromkeys(range(len(slots)), self.end_ids)))
         return made
 
     def logits(self, rows: int, seed: int = 0) -> Tensor:

@@ -151,3 +151,70 @@ def test_spaces_survive_a_decoder_that_strips_the_first(sentencepiece: Tokenizer
         before = detokenizer.text
     detokenizer.finish()
     assert detokenizer.text == sentencepiece.decode(ids)
+
+
+SPELLED = ["the", "mill", "s", "_", *"é三😀"]
+
+
+def spelled_ids(parts: list[str]) -> list[int]:
+    words = {"the": [0], "mill": [1], "s": [2], "_": [3]}
+    return [i for part in parts for i in words.get(part) or [4 + byte for byte in part.encode()]]
+
+
+@given(st.lists(st.sampled_from(SPELLED), max_size=12), sizes, st.sets(st.integers(0, 30)))
+@settings(max_examples=150, deadline=None)
+def test_reading_now_and_then_gives_the_same_text(
+    sentencepiece: Tokenizer, parts: list[str], split: list[int], read: set[int]
+) -> None:
+    """Nothing is decoded before somebody reads; when that is makes no difference, for either kind of tokenizer."""
+    for tokens, ids in ((sentencepiece, spelled_ids(parts)), (BYTES, byte_ids("".join(parts).encode()))):
+        detokenizer, at, turn, seen = Detokenizer(tokens, SamplingParams()), 0, 0, ""
+        while at < len(ids):
+            size = split[turn % len(split)]
+            assert detokenizer.append(ids[at : at + size]) is None
+            at, turn = at + size, turn + 1
+            if turn in read:
+                assert detokenizer.text.startswith(seen)
+                seen = detokenizer.text
+        assert detokenizer.finish() is None
+        assert detokenizer.text == tokens.decode(ids)
+
+
+@given(st.lists(st.sampled_from(SPELLED), max_size=12), st.sampled_from(["s", "mill s", "三", "é三", " the"]))
+@settings(max_examples=150, deadline=None)
+def test_stop_strings_of_any_decoder_never_leak(sentencepiece: Tokenizer, parts: list[str], stop: str) -> None:
+    ids = spelled_ids(parts)
+    whole = sentencepiece.decode(ids)
+    detokenizer, found = Detokenizer(sentencepiece, SamplingParams(stop=stop)), None
+    for token in ids:
+        found = detokenizer.append([token])
+        assert stop not in detokenizer.text
+        assert (whole.split(stop)[0] if stop in whole else whole).startswith(detokenizer.text)
+        if found:
+            break
+    found = found or detokenizer.finish()
+    assert (found, detokenizer.text) == ((stop, whole.split(stop)[0]) if stop in whole else (None, whole))
+
+
+def test_a_stop_string_that_came_too_early_is_text() -> None:
+    """Before `min_tokens` the caller goes on; what ended there is not found again."""
+    detokenizer = Detokenizer(BYTES, SamplingParams(stop=["b", "abc"]))
+    assert [detokenizer.append(byte_ids(part)) for part in (b"xa", b"b", b"d")] == [None, "b", None]
+    assert detokenizer.text == "xabd"
+    assert detokenizer.append(byte_ids(b"ab")) == "b"
+    assert detokenizer.text == "xabda"
+
+
+@given(st.lists(st.integers(0, BYTES.vocab_size + 3), max_size=20), st.booleans(), sizes)
+@settings(max_examples=200, deadline=None)
+def test_any_tokens_decode_as_the_backend_does(ids: list[int], skip: bool, split: list[int]) -> None:
+    backend = Backend.from_str(BYTES.backend.to_str())
+    backend.add_tokens(["naïve word", "日本"])  # which no byte-level vocabulary spells like this
+    tokens = Tokenizer(backend=backend)
+    assert tokens.token_bytes is not None
+    params = SamplingParams(skip_special_tokens=skip)
+    detokenizer = Detokenizer(tokens, params)
+    for at in range(0, len(ids), split[0]):
+        detokenizer.append(ids[at : at + split[0]])
+    detokenizer.finish()
+    assert detokenizer.text == tokens.decode(ids, skip_special_tokens=skip)

@@ -15,6 +15,7 @@ VERBS = {
     "pretrain": "train a model on text with any objective: decoder, encoder or encoder-decoder",
     "plan": "tell size, time, money and memory of a training run, or test the scaling law on a ladder of small ones",
     "generate": "complete a prompt",
+    "batch": "answer a file of prompts, resumable",
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over the OpenAI HTTP interface, with a chat page",
     "import": "write a checkpoint from elsewhere as a directory of ours, verified against its original",

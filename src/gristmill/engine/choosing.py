@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -27,6 +28,8 @@ class Chooser:
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         self.sampler = Sampler(vocab_size, tokenizer, runner.device, processors)
+        self.model_seconds = 0.0
+        """Of the last `choose`, the time the output head took: the model's, not the choice's."""
         self._free_slots: list[int] = []
         self.num_slots = 0
 
@@ -64,9 +67,13 @@ class Chooser:
         rows = [row for completion, last in ready for row in range(last - _drafted(completion), last + 1)]
         selected = hidden if rows == list(range(len(hidden))) else hidden[rows]
         completions = [completion for completion, _ in ready]
+        started = time.perf_counter()
         if all(completion.request.is_plain for completion in completions):
-            return self._settle(completions, self.runner.greedy(selected), None)
+            best = self.runner.greedy(selected)
+            self.model_seconds = time.perf_counter() - started
+            return self._settle(completions, best, None)
         logits = self.runner.logits(selected)
+        self.model_seconds = time.perf_counter() - started
         if not any(_is_drawn(completion) for completion in completions):
             return self._settle(completions, self.sampler.sample(logits, _rows(completions)), logits)
         accepted, at = [], 0

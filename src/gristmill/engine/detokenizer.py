@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,6 +23,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self._stops = params.stop_strings
+        self._first = re.compile("|".join(re.escape(stop[0]) for stop in self._stops))
         self._keep_stop = params.include_stop_str_in_output
         table = tokenizer.token_bytes
         self._decoder: _Decoder = (
@@ -59,6 +61,10 @@ class Detokenizer:
     def _take(self, new: str, *, final: bool = False) -> str | None:
         """Add decoded text, but not the end of it that may become a stop string."""
         window = self._held + new
+        if self._first.search(window) is None:  # as for most tokens
+            self._stopped, self._held = None, ""
+            self._text += window
+            return None
         found = self._find_stop(window, len(self._held))
         self._stopped = None if found is None else self._text + window[: found[0]]
         release = len(window) if final else len(window) - self._beginning(window)

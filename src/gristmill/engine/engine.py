@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gristmill.core import LogitsProcessor, Prompt, RequestOutput, SamplingParams
 from gristmill.engine.choosing import Chooser
+from gristmill.engine.constraints.processor import Constraints
 from gristmill.engine.memory.block_pool import BlockPool, salt
 from gristmill.engine.memory.paged_cache import Chunk
 from gristmill.engine.metrics.counters import EngineMetrics
@@ -103,7 +104,9 @@ class Engine:
             policy=policy,
             prefix_caching=prefix_caching,
         )
-        self.chooser = Chooser(self.runner, tokenizer, model.config.vocab_size, processors)
+        vocabulary = model.config.vocab_size
+        own = Constraints(tokenizer, vocabulary, self.max_model_len)
+        self.chooser = Chooser(self.runner, tokenizer, vocabulary, (own, *processors))
         self.pacing, self.metrics, self.clock = Pacing(itl_stretch), EngineMetrics(), clock
         self.proposer: AdaptiveProposer | None = None
         if proposer is not None:
@@ -183,10 +186,13 @@ class Engine:
         computed = time.perf_counter()
         ready = self._ready(scheduled, hidden)
         drafted = sum(len(completion.draft.token_ids) for completion, _ in ready if completion.draft is not None)
+        head = 0.0
         if ready:
             self._choose(ready, hidden)
+            head = self.chooser.model_seconds
         outputs = self._collect([completion for completion, _ in ready], finished_only)
-        self._measure(scheduled, drafted, planned - started, computed - planned, time.perf_counter() - computed)
+        chosen = time.perf_counter()
+        self._measure(scheduled, drafted, planned - started, computed - planned + head, chosen - computed - head)
         return outputs
 
     def token_ids(self, field: str, tokens: Iterable[object]) -> list[int]:
@@ -400,6 +406,7 @@ def _draft_request(completion: Completion) -> DraftRequest:
         temperature=request.params.temperature,
         seed=request.seed,
         index=completion.index,
+        seeded=request.params.seed is not None,
     )
 
 

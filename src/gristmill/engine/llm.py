@@ -73,6 +73,7 @@ class LLM:
         self._answers: ResponseCache | None = None
         if response_cache:
             from gristmill.engine.memory.response_cache import ResponseCache
+
             self._answers = ResponseCache(response_cache)
 
     @property

@@ -24,6 +24,7 @@ from gristmill.engine.speculation.proposer import Proposer
 from gristmill.errors import RequestError, closest
 from gristmill.model.load import load_model
 from gristmill.model.quantised.load import load_quantised
+from gristmill.model.quantised.weights import Scheme
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
 
@@ -72,7 +73,7 @@ def prepare(
     if quantization is None:
         built, tokenizer = load_model(model, dtype=dtype, device=device)
     else:
-        built, tokenizer = load_quantised(model, quantization, device=device)
+        built, tokenizer = load_quantised(model, cast(Scheme, quantization), device=device)
     fewer_bits = quantization is not None or dtype != "float32"
     kv_dtype = KV_DTYPES[kv_cache_dtype or ("bfloat16" if fewer_bits else "float32")]
     kind = {None: dtype, "int8": "int8", "w8a8": "int8", "int4": "int4"}[quantization]

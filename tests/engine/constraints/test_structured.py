@@ -18,7 +18,7 @@ from engine.constraints.steps import asked, begin, constraints, generate, of, ra
 from gristmill.core import BatchUpdate, LogitsRow, SamplingParams, StructuredOutput
 from gristmill.engine.constraints.processor import Constraints
 from gristmill.errors import GristmillError, MissingExtra, RequestError
-from gristmill.model.load import load_model
+from gristmill.model.load import load_tokenizer
 
 CLOSED = {"additionalProperties": False}
 TREE = {
@@ -99,7 +99,7 @@ def schemas() -> st.SearchStrategy[Any]:
     return st.recursive(leaves, nested, max_leaves=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schemas(), st.integers(0, 40), st.integers(0, 99), st.sampled_from([0.0, 1.0, 8.0]), st.booleans())
 def test_any_schema_logits_and_budget_give_valid_json_in_time(
     schema: Any, spare: int, seed: int, scale: float, compact: bool
@@ -133,7 +133,7 @@ def test_schemas_over_a_real_vocabulary(name: str, smollm2: Constraints) -> None
 
 @pytest.fixture(scope="module")
 def smollm2() -> Constraints:
-    return of(load_model("smollm2-135m")[1])
+    return of(load_tokenizer("smollm2-135m"))
 
 
 @torch.inference_mode()
@@ -157,7 +157,7 @@ def test_regex_choice_grammar_and_calls(seed: int) -> None:
     def text(max_tokens: int, **fields: Any) -> str:
         return generate(target, asked(max_tokens, **fields), random_logits(target, seed))
 
-    assert re.fullmatch(r"(\w+\s){3}[0-9]{2,4}x|q{30}", text(40, regex=r"(\w+\s){3}[0-9]{2,4}x|q{30}"))
+    assert re.fullmatch(r"([a-z]+\s){3}[0-9]{2,4}x|q{30}", text(40, regex=r"([a-z]+\s){3}[0-9]{2,4}x|q{30}"))
     assert text(40, choice=['"a"\n', "twice as far", "三"]) in ('"a"\n', "twice as far", "三")
     lark = 'start: sum\nsum: term ("+" term)*\nterm: /[0-9]+/ | "(" sum ")"'
     assert re.sub(r"[0-9+]+|\(\)", "", _reduced(text(30, grammar=lark))) == ""
@@ -220,16 +220,16 @@ def test_equals_transformers_prefix_constrained_logits() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=3, max_size=12), st.sampled_from([PERSON, TREE, SCHEMAS["any of"]]))
 def test_drafts_and_their_rejection_leave_no_trace(goes_back: list[int], schema: Any) -> None:
-    """Rows of drafts give what a constraint that saw only those tokens gives, however far the output went back."""
-    target, fresh = constraints(), of(helpers.tokenizer())
+    """Rows of drafts give what a slot that saw only those tokens gives, however far the output went back."""
+    target = constraints()
     params = asked(60, json_schema=schema)
     begin(target, params)
     output: list[int] = []
     for seed, back in enumerate(goes_back):
         logits = random_logits(target, seed)(0)
         result = row(target, logits, output)
-        begin(fresh, params)
-        assert torch.equal(result, row(fresh, logits, output))
+        begin(target, params, slot=1)
+        assert torch.equal(result, row(target, logits, output, slot=1))
         token = int(result.argmax())
         if token in target.tokenizer.stop_token_ids:
             break
@@ -290,18 +290,22 @@ def test_white_space_is_bounded(schema: Any) -> None:
     [
         ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 2}}, "structured.json_schema", "minimum"),
         ({"json_schema": "{"}, "structured.json_schema", "not JSON"),
-        ({"json_schema": "[]"}, "structured.json_schema", "refused"),
+        ({"json_schema": "[]"}, "structured.json_schema", "an object"),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, "structured.json_schema", "uniqueItems"),
         ({"json_schema": {"$ref": "#/$defs/no"}}, "structured.json_schema", "/$defs/no"),
-        ({"json_schema": {"enum": [], "x": float("nan")}}, "structured.json_schema", ""),
+        ({"json_schema": {"const": float("nan")}}, "structured.json_schema", "not JSON"),
+        ({"json_schema": {"x-guidance": {}}}, "structured.json_schema", "x-guidance"),
+        ({"json_schema": {"enum": []}}, "structured.json_schema", "refused"),
         ({"json_schema": {"type": "object", "minProperties": 2}}, "structured.json_schema", "minProperties"),
         ({"json_schema": {"$defs": {"r": {"type": "array", "items": {"$ref": "#/$defs/r"}, "minItems": 1}},
                           "$ref": "#/$defs/r"}}, "structured.json_schema", "cannot be satisfied"),
         ({"json_schema": {"type": "string", "minLength": 10**8}}, "structured.json_schema", "cannot be satisfied"),
         ({"json_schema": {"const": "x" * (1 << 19)}}, "structured.json_schema", "characters"),
+        ({"regex": ""}, "structured.regex", "empty"),
         ({"regex": "a(b"}, "structured.regex", "unclosed group"),
         ({"regex": "(?=a)b"}, "structured.regex", "look-around"),
         ({"regex": r"[^\s\S]"}, "structured.regex", "cannot be satisfied"),
+        ({"grammar": 'root ::= "a'}, "structured.grammar", "refused"),
         ({"grammar": "start: foo"}, "structured.grammar", "foo"),
         ({"grammar": 'start: "a" x\nx: "b" x'}, "structured.grammar", "cannot be satisfied"),
         ({"choice": []}, "structured.choice", "one text or more"),

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.peer,  # needs a C++ compiler
     pytest.mark.skipif(native_library() is None, reason=str(native_refusal())),
 ]
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 sizes = st.integers(1, 100)
 
 
@@ -136,9 +136,9 @@ def test_a_row_depends_neither_on_the_others_nor_on_threads(build: str, kind: Ki
     torch.manual_seed(0)
     layer, x = NativeLinear(of_kind(torch.randn(100, 160), kind), torch.randn(100)), torch.randn(40, 160)
     alone = torch.cat([layer(row[None]) for row in x])
-    for count in (1, 2, 3):
+    for count in (1, 2):
         torch.set_num_threads(count)
-        for rows in range(1, 41):
+        for rows in (1, 2, 5, 12, 13, 25, 40):
             assert torch.equal(layer(x[:rows]), alone[:rows])
 
 

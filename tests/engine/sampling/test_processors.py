@@ -49,9 +49,7 @@ def test_penalties_worked_examples() -> None:
     found = processed(logits, [2], [0, 0, 1], (), frequency_penalty=0.5, presence_penalty=0.3)
     assert found.tolist() == pytest.approx([0.7, -1.8, 1.0], abs=1e-6)
     assert logits.tolist() == [2.0, -1.0, 1.0]  # nothing is changed in place
-    neutral = processed(
-        logits, [0, 1], [1, 2], (), repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0
-    )
+    neutral = processed(logits, [0, 1], [1, 2], (), repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0)
     assert torch.equal(neutral, logits)
 
 
@@ -88,8 +86,9 @@ def test_processors_equal_transformers(seed: int, split: int) -> None:
     words = [[9], [7, 1, 12], [1, 13], [5, 1, 14], [1, 5, 5, 7, 1, 15], [0, 1, 5, 5, 7, 1, 16]]
     expected = theirs("NoBadWordsLogitsProcessor", logits, SEEN, words, eos_token_id=torch.tensor([2]))
     assert torch.equal(processed(logits, prompt, output, bad_words=words), expected)
-    minimum = theirs("MinNewTokensLengthLogitsProcessor", logits, SEEN, split, 4, list(ENDS), device="cpu")
-    assert torch.equal(processed(logits, prompt, output, min_tokens=4), minimum)
+    for least in (3, 4, 5):
+        expected = theirs("MinNewTokensLengthLogitsProcessor", logits, SEEN, split, least, list(ENDS), device="cpu")
+        assert torch.equal(processed(logits, prompt, output, min_tokens=least), expected)
     for start, factor in ((0, 1.4), (2, 0.7), (9, 2.0)):
         expected = theirs("ExponentialDecayLengthPenalty", logits, SEEN, (start, factor), torch.tensor(ENDS), split)
         assert torch.allclose(processed(logits, prompt, output, length_decay=(start, factor)), expected)
@@ -104,7 +103,9 @@ def test_bad_words_are_texts_too_and_their_ratios_stay() -> None:
         assert ids[-1] in banned(found)
         rest = found > -math.inf
         assert torch.equal(found[rest], logits[rest])
-    assert banned(processed(logits, [4], [], bad_words=["river"])) == [ids[0] for ids in (word, spaced) if len(ids) == 1]
+    assert banned(processed(logits, [4], [], bad_words=["river"])) == [
+        ids[0] for ids in (word, spaced) if len(ids) == 1
+    ]
 
 
 def test_a_very_long_output_with_length_decay_is_forced_to_end_without_overflow() -> None:

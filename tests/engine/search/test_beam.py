@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from engine.search.paging import paged, prompt, tiny_model
 from engine.search.toys import END, A, B, X, garden_path, random_toy, table
 from gristmill.engine.search.beam import BeamSearchParams, beam_search, beam_search_batch, gnmt, length_normalised
-from gristmill.engine.search.driver import Search, run
+from gristmill.engine.search.driver import Choice, Search, run
 from gristmill.engine.search.exhaustive import exhaustive_search
-from gristmill.engine.search.prune import beam
+from gristmill.engine.search.prune import beam, best
 from gristmill.engine.search.single_path import greedy_search
 from gristmill.errors import RequestError
 from gristmill.model.formats.huggingface import save_huggingface
@@ -38,9 +38,16 @@ def test_a_beam_of_two_finds_what_greedy_search_misses() -> None:
 
 
 def test_expansions_of_all_parents_are_ranked_together() -> None:
-    # after the best tokens of each parent alone, `bx` could not be told from `by`: both parents stay, both children not
     both = beam_search(garden_path(), [0], params(width=2, n=2))
     assert [result.token_ids for result in both] == [[B, X, END], [A, X, END]]
+
+    def of_one_parent(_: Search, scores: torch.Tensor) -> list[Choice]:
+        return best(scores[:1], 2)  # the rule as some texts print it
+
+    toy = garden_path()
+    search = Search(prompt_ids=[0], prune=of_one_parent, max_tokens=5, end_ids=toy.end_ids)
+    run(toy, [search])
+    assert [result.token_ids for result in search.results()] == [[A, X, END]]
 
 
 @settings(max_examples=20, deadline=None)

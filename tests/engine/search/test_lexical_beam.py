@@ -14,6 +14,7 @@ from gristmill.engine.search.beam import BeamSearchParams, beam_search
 from gristmill.engine.search.driver import Search, run
 from gristmill.engine.search.exhaustive import exhaustive_search
 from gristmill.engine.search.lexical_beam import lexical, tokens_missing
+from gristmill.errors import RequestError
 
 phrases = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), min_size=1, max_size=3)
 
@@ -80,3 +81,11 @@ def test_tokens_missing_counts_what_the_end_of_an_output_has_begun() -> None:
 
 def test_an_impossible_phrase_gives_no_output() -> None:
     assert beam_search(garden_path(), [0], BeamSearchParams(width=2, max_tokens=3, required=[[3, 2]])) == []
+
+
+@pytest.mark.parametrize("token", [-1, 6, 5])
+def test_a_token_that_cannot_be_within_an_output_is_refused(token: int) -> None:
+    params = BeamSearchParams(width=2, max_tokens=4, required=[[0, token]])
+    with pytest.raises(RequestError) as caught:
+        beam_search(random_toy(6, seed=0), [0], params)
+    assert caught.value.field == "required"

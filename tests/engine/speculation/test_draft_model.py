@@ -77,6 +77,17 @@ def test_blocks_of_a_known_beginning_are_not_read_again() -> None:
     assert runner.forwards == [2]
 
 
+def test_the_same_tokens_after_others_are_read_again() -> None:
+    drafts, runner = proposer()
+    drafts.propose([request([*PROMPT[:4], 7, 8, 9], [0, 1], limit=1)])
+    drafts.propose([request(PROMPT[4:], [2, 3], limit=1, slot=1)])
+    runner.forwards.clear()
+    mixed = [*PROMPT[4:8], 7, 8, 9]  # block 2 is right, block 1 holds 7 8 9 behind another beginning
+    (draft,) = drafts.propose([request(mixed, [2, 1, 5], limit=2, slot=2)])
+    assert draft.token_ids == continued(drafter(), mixed, 2)
+    assert runner.forwards == [3, 1]
+
+
 def test_no_draft_beyond_the_context_of_the_draft_model() -> None:
     drafts, _ = proposer(context=11)
     lengths = [len(drafts.propose([request([*PROMPT, *[5] * more], TABLE)])[0].token_ids) for more in range(4)]

@@ -73,13 +73,14 @@ def test_slots_are_apart_and_forgotten() -> None:
 
 
 class Noticing(list[int]):
-    """Counts how often it is read."""
+    """Counts how many tokens are read."""
 
     reads = 0
 
     def __getitem__(self, key: object) -> object:  # type: ignore[override]
-        self.reads += 1
-        return super().__getitem__(key)  # type: ignore[index]
+        found = super().__getitem__(key)  # type: ignore[index]
+        self.reads += len(found) if isinstance(found, list) else 1
+        return found
 
 
 def test_a_step_does_not_read_the_whole_sequence_again() -> None:
@@ -89,7 +90,7 @@ def test_a_step_does_not_read_the_whole_sequence_again() -> None:
     tokens += [10, 11, 12]
     tokens.reads = 0
     assert propose(proposer, tokens, limit=4) == [13, 14, 15, 16]
-    assert tokens.reads < 20
+    assert tokens.reads < 50
 
 
 def test_a_batch_has_one_draft_each() -> None:

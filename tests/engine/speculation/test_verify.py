@@ -85,7 +85,7 @@ def test_those_before_the_first_rejection_stand(uniform: tuple[float, ...], stan
     assert emitted == [*range(stand), 11]  # one more than stand: 3 tokens, or 6 when all do
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(1, 5), max_size=6), st.lists(st.floats(0, 1, exclude_max=True), min_size=6))
 def test_a_ratio_of_one_or_more_always_stands(ratios: list[float], uniform: list[float]) -> None:
     assert accepted_length(ratios, uniform) == len(ratios)
@@ -122,7 +122,7 @@ def test_argmax_draft_and_argmax_correction_would_not_be_exact() -> None:
     assert (1 - stood, stood) == pytest.approx((0.273, 0.727), abs=1e-3)  # neither (.6, .4) nor (1, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(distributions())
 def test_accepted_and_corrected_together_are_the_target(pair: tuple[Tensor, Tensor]) -> None:
     p, q = pair
@@ -142,7 +142,7 @@ Q = torch.tensor([[0.2, 0.2, 0.6], [0.3, 0.4, 0.3], [0.5, 0.25, 0.25]])
 @pytest.mark.parametrize("length", [1, 3])
 def test_sequences_have_the_targets_distribution(kind: str, length: int) -> None:
     """Three tokens after token 0, over rounds that accept, correct and add a bonus."""
-    samples, size, rng = 1500, 3, random.Random(length)
+    samples, size, rng = 800, 3, random.Random(length)
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(samples):
         known = [0]
@@ -164,7 +164,7 @@ def test_sequences_have_the_targets_distribution(kind: str, length: int) -> None
     assert chi_square([counts[w] for w in possible], [samples * exact[w] for w in possible]) > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(distributions(rows=3), st.randoms(use_true_random=False))
 def test_a_draft_from_the_targets_own_distribution_stands_whole(
     pair: tuple[Tensor, Tensor], rng: random.Random
@@ -177,7 +177,7 @@ def test_a_draft_from_the_targets_own_distribution_stands_whole(
     assert len(emitted) == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(distributions(rows=4), st.lists(st.integers(0, 1), min_size=3, max_size=3), st.randoms(use_true_random=False))
 def test_a_draft_without_distribution_changes_no_token(
     pair: tuple[Tensor, Tensor], tokens: list[int], rng: random.Random
@@ -192,7 +192,7 @@ def test_a_draft_without_distribution_changes_no_token(
     assert len(emitted) == accepted + 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.lists(st.integers(0, 2), max_size=5))
 def test_greedy_is_exact_for_any_draft(chosen: list[int], draft: list[int]) -> None:
     """`chosen` are the target's tokens as long as the draft agrees; so what is emitted begins them."""
@@ -234,7 +234,7 @@ def test_a_row_without_a_token_ends_the_output() -> None:
     assert verify_greedy([0, -1, 1], [0, 0]) == ([0], 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(distributions(rows=2), st.floats(0, 1, exclude_max=True))
 def test_a_draw_has_a_probability(pair: tuple[Tensor, Tensor], uniform: float) -> None:
     p, _ = pair
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.peer
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_equals_transformers_on_given_numbers(seed: int) -> None:
     utils = pytest.importorskip("transformers.generation.utils")

@@ -53,7 +53,7 @@ def test_every_layer_is_replaced_by_its_rounded_self(scheme: Scheme) -> None:
     ids = tiny.ids(60)
     with torch.no_grad():
         off = (model(ids) - exact(ids)).std() / exact(ids).std()
-    assert 0 < off < {"int8": 0.1, "w8a8": 0.2, "int4": 0.6}[scheme]
+    assert 0 < off < {"int8": 0.1, "w8a8": 0.2, "int4": 0.7}[scheme]
 
 
 def test_eight_bits_take_three_quarters_off_the_weights() -> None:

@@ -40,7 +40,7 @@ def test_two_values_share_a_byte_the_first_in_the_low_nibble(out: int, half: int
 
 @settings(max_examples=40)
 @given(SHAPES)
-def test_four_bits_are_off_by_at_most_a_scale_and_mostly_by_half_of_one(shape: tuple[int, int, int, int]) -> None:
+def test_four_bits_are_off_by_half_a_scale_but_for_what_is_cut(shape: tuple[int, int, int, int]) -> None:
     out, groups, size, seed = shape
     exact = random(out, groups * size, seed)
     rounded = round_to_nearest(exact, 4, size)
@@ -53,7 +53,13 @@ def test_four_bits_are_off_by_at_most_a_scale_and_mostly_by_half_of_one(shape: t
     codes = unpack(rounded.packed).float()
     inside = (codes > -8) & (codes < 7)
     assert bool((error <= scale.abs() / 2 * (1 + 1e-5))[inside].all())
-    assert bool((error <= scale.abs() * 1.07).all())  # the other end has no +8, and the scale is rounded to 8 bits
+    # the other end has no +8, and a scale may be as small as 0.8 of what holds the largest value
+    assert bool((error <= scale.abs() * 2.1).all())
+    wide = exact.view(out, groups, size)
+    widest = (wide.gather(-1, wide.abs().argmax(-1, keepdim=True)) / -8).bfloat16().float()
+    plain = (wide / widest).round().clamp(-8, 7) * widest
+    own = error.view_as(wide).square().sum(-1)
+    assert bool((own <= (plain - wide).square().sum(-1) * 1.00001).all())  # the widest scale is among those tried
     largest = exact.view(out, groups, size).abs().argmax(-1, keepdim=True)
     assert bool((codes.view(out, groups, size).gather(-1, largest) == -8).all())  # all 16 numbers are in use
 

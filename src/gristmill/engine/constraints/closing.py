@@ -81,7 +81,7 @@ def way_to_end(
 
 
 def _step(state: LLMatcher, walk: int, taken: Counter[tuple[bytes, bytes]], blanks: bool) -> bytes | None:
-    """Where a walk goes next: the bytes that close first, but not for ever. Each walk prefers other bytes among equals.
+    """Where a walk goes next. Even walks take the bytes that close first; each prefers other bytes among equals.
 
     A choice that was taken 15, 255 ... times from states that look alike falls behind, so that a walk leaves every
     recursion that can be left, and counts of repetitions are reached.
@@ -96,7 +96,8 @@ def _step(state: LLMatcher, walk: int, taken: Counter[tuple[bytes, bytes]], blan
     def reluctance(item: tuple[int, bytes]) -> tuple[int, int]:
         index, piece = item
         often = (taken[mask, piece] + 1).bit_length() - 1
-        return _EFFORT.get(piece[0], 2) + often // 4, (index - walk) % len(pieces)
+        effort = 0 if walk % 2 else _EFFORT.get(piece[0], 2)
+        return effort + often // 4, (index - walk // 2) % len(pieces)
 
     _, chosen = min(enumerate(pieces), key=reluctance)
     taken[mask, chosen] += 1
@@ -112,6 +113,8 @@ def shortest_end(matcher: LLMatcher, *, blanks: bool) -> bytes | None:
             matcher, lambda _: True, blanks=blanks, walks=range(walk, walk + 1), most_steps=4_000, longest=longest
         )
         best = best if found is None else found
+        if best is None and walk >= 3:
+            break
     return best
 
 

@@ -15,6 +15,8 @@ from gristmill.errors import RequestError
 MOST_CHARACTERS = 1 << 18
 """Longer schemas, expressions and grammars are refused."""
 _WHITE_SPACE = r"\n?[ \t]{0,16}"
+_HEADER = '%llguidance {"no_forcing": true}\n'
+"""Any spelling of a forced text is allowed, as without a form, not only the one the tokenizer would choose."""
 _REPEATS = re.compile(r'(?:"min(?:Items|Length|Properties)"\s*:\s*|\{)(\d+)')
 
 
@@ -100,22 +102,18 @@ def _schema(field: str, given: Mapping[str, Any] | str | None) -> Any:
 
 
 def _json_form(field: str, schema: Any, compact: bool) -> Form:
-    import llguidance
-
-    try:
-        text = _limited(field, json.dumps(schema))
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{field} is not JSON: {error}", field=field) from error
+    if not isinstance(schema, Mapping) or "x-guidance" in schema:
+        raise RequestError(f"{field} must be an object without x-guidance, got {schema!r:.60}", field=field)
     _refuse_repeated_keys(field, schema)
     white: dict[str, Any] = {"whitespace_flexible": False} if compact else {"whitespace_pattern": _WHITE_SPACE}
     try:
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=white)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise RequestError(f"{field}: {error}", field=field) from error
+        text = _limited(field, json.dumps({**schema, "x-guidance": white}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{field} is not JSON: {error}", field=field) from error
     # an instance of no more than is required is hardly longer than its schema, but for repeats
     detour = _repeated(2 * len(text) + 64, text) * (1 + text.count('"$ref"'))
     free = '"pattern' not in text and '"format"' not in text
-    return Form(field, grammar, detour=detour, free_strings=free, blanks=False)
+    return Form(field, f"{_HEADER}start: %json {text}", detour=detour, free_strings=free, blanks=False)
 
 
 def _refuse_repeated_keys(field: str, schema: Any) -> None:
@@ -135,29 +133,29 @@ def _refuse_repeated_keys(field: str, schema: Any) -> None:
 
 
 def _regex_form(field: str, regex: str) -> Form:
-    import llguidance
+    from llguidance import regex_to_lark
 
-    grammar = llguidance.LLMatcher.grammar_from_regex(_limited(field, regex))
+    if not regex:
+        raise RequestError(f"{field} is empty", field=field)
+    grammar = f"{_HEADER}start: /{regex_to_lark(_limited(field, regex), '')}/"
     return Form(field, grammar, farthest=_repeated(2 * len(regex.encode()) + 2, regex))
 
 
 def _choice_form(field: str, choices: Sequence[str]) -> Form:
-    import llguidance
-
     if not choices or not all(isinstance(choice, str) and choice for choice in choices):
         raise RequestError(f"{field} needs one text or more, none of them empty", field=field)
-    lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    grammar = llguidance.LLMatcher.grammar_from_lark(_limited(field, lark))
-    return Form(field, grammar, farthest=max(len(choice.encode()) for choice in choices))
+    texts = _limited(field, " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+    return Form(field, f"{_HEADER}start: {texts}", farthest=max(len(choice.encode()) for choice in choices))
 
 
 def _grammar_form(field: str, text: str) -> Form:
-    import llguidance
+    from llguidance.gbnf_to_lark import any_to_lark
 
     try:
-        return Form(field, llguidance.grammar_from("grammar", _limited(field, text)))
-    except ValueError as error:
-        raise RequestError(f"{field}: {error}", field=field) from error
+        lark = any_to_lark(_limited(field, text))
+    except Exception as error:  # the library raises bare ones
+        raise RequestError(f"{field} is refused: {error}", field=field) from error
+    return Form(field, lark if "%llguidance" in lark else _HEADER + lark)
 
 
 def _limited(field: str, text: str) -> str:

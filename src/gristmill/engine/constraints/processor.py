@@ -247,7 +247,7 @@ class _Output:
         bits = np.frombuffer(self._tokens.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=size, bitorder="little").astype(bool)
         mask[self._vocabulary.eos] = False
-        mask[self._ends] = False
+        pass
         self._keep_time_to_end(mask, logits)
         if self._tokens.is_accepting():
             mask[self._ends] = True

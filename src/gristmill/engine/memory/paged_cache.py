@@ -172,7 +172,7 @@ class PagedKVCache:
 
     def _read(self, place: int, slots: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of the slots, of their shape plus (kv_heads, head_dim)."""
-        found = []
+        found: list[Tensor] = []
         for index, store in enumerate((self.keys, self.values)):
             if index == 1 and self._latent is not None:
                 found.append(found[0][..., : self._latent.kv_rank])
@@ -202,7 +202,8 @@ def check_servable(config: ModelConfig) -> None:
 def _rows(store: Tensor, slots: Tensor | slice) -> Tensor:
     if isinstance(slots, slice):
         return store[None, slots]
-    return store.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    chosen: Tensor = store.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    return chosen
 
 
 def _attend_decode(plan: _Decode, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:

@@ -1,8 +1,8 @@
 """Linear layers whose weights are packed for the native kernels: float32, bfloat16, int8 and int4.
 
-int8 multiplies weights of one scale per output channel with activations rounded to eight bits, one scale per token: the
-same whole numbers as `gristmill.model.int8.Int8Linear`. int4 has a scale per group of inputs, for the weights and for the
-activations of each token.
+int8 multiplies weights of one scale per output channel with activations rounded to eight bits, one scale per token:
+the same whole numbers as `gristmill.model.int8.Int8Linear`. int4 has a scale per group of inputs, for the weights and
+for the activations of each token.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PackedLinear:
 def of_kind(weight: Tensor, kind: Kind, group_size: int = 32) -> Tensor | Weight:
     """A floating weight (out, in) as a kind has it, rounded to nearest; `group_size` is for int4.
 
-    Raises RequestError for an unknown kind or group size, CheckpointError for int8 and int4 when a weight is not finite,
-    and for int4 when groups do not divide the inputs.
+    Raises RequestError for an unknown kind or group size, CheckpointError for int8 and int4 when a weight is not
+    finite, and for int4 when groups do not divide the inputs.
     """
     if kind not in KINDS:
         raise RequestError(f"kind {kind!r} is not one of {', '.join(KINDS)}.{closest(kind, KINDS)}", field="kind")
@@ -73,7 +73,7 @@ def packed_bytes(weight: Tensor | Weight, bias: Tensor | None = None) -> int:
 
 
 def allocate(count: int) -> Tensor:
-    """uint8 (count,) aligned to 64 bytes; in huge pages where the system gives them, which large weights read faster."""
+    """uint8 (count,) aligned to 64 bytes; large ones in huge pages where the system gives them, which read faster."""
     if count < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(count, dtype=torch.uint8)
     memory = mmap.mmap(-1, count + _HUGE_PAGE)
@@ -120,7 +120,8 @@ class NativeLinear(nn.Module):
     @property
     def kind(self) -> Kind:
         """What the weights are kept as."""
-        return KINDS[self.packed.struct.kind]
+        kind: int = self.packed.struct.kind
+        return KINDS[kind]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) on the CPU -> (..., out), in x's type; between, float32."""

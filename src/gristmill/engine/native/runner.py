@@ -131,11 +131,11 @@ class NativeRunner:
     def greedy(self, hidden: Tensor) -> list[int]:
         """See `Runner.greedy`."""
         rows = hidden.float().contiguous()
-        best, highest = torch.empty(len(rows), dtype=torch.long), torch.empty(len(rows))
+        best, highest = array("q", bytes(8 * len(rows))), array("f", bytes(4 * len(rows)))
         self._library.gristmill_stack_greedy(
-            self._stack, rows.data_ptr(), len(rows), best.data_ptr(), highest.data_ptr()
+            self._stack, rows.data_ptr(), len(rows), best.buffer_info()[0], highest.buffer_info()[0]
         )
-        return torch.where(highest.isfinite(), best, -1).tolist()
+        return best.tolist()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `Runner.copy_blocks`."""

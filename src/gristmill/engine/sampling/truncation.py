@@ -17,9 +17,11 @@ from torch import Tensor
 
 from gristmill.core import SamplingParams
 
-CANDIDATES = (128, 4096)
+CANDIDATES = (128, 512, 2048)
 """How many largest logits are tried before the whole vocabulary."""
 _BLOCK = 32
+_HELD = 1 << 20
+"""Most candidates that are worked on at once; each takes about 100 bytes."""
 FIELDS = (
     "temperature", "temperature_last", "top_n_sigma", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
     "eta_cutoff",
@@ -58,17 +60,17 @@ def pools(logits: Tensor, options: np.ndarray[Any, Any]) -> Iterator[Pool]:
     if plain.any():
         yield _unfiltered(logits, rows, options, plain)
     remaining = np.flatnonzero(~plain)
+    chances = _chances(logits, options, remaining)
     for size in (*(size for size in CANDIDATES if size < vocab), vocab):
         if not len(remaining):
             return
-        # the whole vocabulary in float64 is large: a few rows at a time
-        step = len(remaining) if size < vocab else 16
+        step = max(1, _HELD // size)
         left: list[int] = []
         for start in range(0, len(remaining), step):
             own = remaining[start : start + step]
             chosen = torch.from_numpy(own).to(device)
             part = logits if len(own) == len(logits) else logits[chosen]
-            ids, weights, exact = _truncate(part, _Options(options[own], device), size)
+            ids, weights, exact = _truncate(part, chances, chosen, _Options(options[own], device), size)
             done = exact.cpu().numpy()
             left += own[~done].tolist()
             if done.all():
@@ -92,11 +94,27 @@ def _unfiltered(logits: Tensor, rows: Tensor, options: np.ndarray[Any, Any], pla
     return Pool(rows, None, scaled.div_(_heat(options[plain], logits.device)).softmax(-1))
 
 
+def _chances(logits: Tensor, options: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> Tensor | None:
+    """Probabilities before any filter, (rows, vocab): tempered first, unless a row tempers last. None when no numbered
+    row needs them: a small top-k asks for no more than ratios."""
+    if not len(numbers) or _is_small(options[numbers]).all():
+        return None
+    heat = torch.where(torch.from_numpy(options[:, 1:2] > 0).to(logits.device), 1.0, _heat(options, logits.device))
+    return (logits - logits.amax(-1, keepdim=True)).div_(heat).softmax(-1)
+
+
+def _is_small(options: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool]]:
+    """Rows whose top-k is below the first number of candidates."""
+    small: np.ndarray[Any, np.dtype[np.bool]] = (options[:, 3] > 0) & (options[:, 3] < CANDIDATES[0])
+    return small
+
+
 class _Options:
     """Columns (rows, 1) of the options, and which of them any row uses."""
 
     def __init__(self, values: np.ndarray[Any, Any], device: torch.device) -> None:
         self.heat = _heat(values, device)
+        self.small = torch.from_numpy(_is_small(values)).to(device)[:, None]
         columns = torch.from_numpy(values).to(device)
         self._columns = {name: columns[:, i : i + 1] for i, name in enumerate(FIELDS)}
         self._used = {name: bool((values[:, i] != _NEUTRAL[i]).any()) for i, name in enumerate(FIELDS)}
@@ -109,16 +127,21 @@ class _Options:
         return self._columns[name]
 
 
-def _truncate(logits: Tensor, options: _Options, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and weights (rows, tokens) among the `size` largest logits, and which rows are exact, (rows,)."""
+def _truncate(
+    logits: Tensor, before: Tensor | None, rows: Tensor, options: _Options, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and weights (rows, tokens) among the `size` largest logits, and which rows are exact, (rows,).
+
+    before: `_chances`, in which these are the numbered rows.
+    """
     vocab = logits.shape[1]
-    highest = logits.amax(-1, keepdim=True)
     ids = _largest(logits, size)
     values = logits.gather(1, ids)
-    # probabilities of all tokens before any filter: tempered first, unless the row tempers last
     heat = torch.where(options.temperature_last > 0, torch.ones_like(options.heat), options.heat)
-    scaled = (logits - highest).div_(heat)
-    chances = scaled.softmax(-1).gather(1, ids).double()
+    # which of the two a row gets must not depend on the rows beside it
+    chances = ((values - values[:, :1]) / heat).double().exp()
+    if before is not None:
+        chances = torch.where(options.small, chances, before[rows[:, None], ids].double())
     whole = torch.full((len(logits),), size == vocab, device=logits.device)
     kept, exact = _Filters(logits, values, chances, whole).run(options)
     # only as many columns as the longest pool needs, then by id: the draw must not depend on how many were tried

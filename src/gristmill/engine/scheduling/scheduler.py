@@ -20,7 +20,7 @@ class Scheduled(NamedTuple):
     """A sequence of the next step, and how many tokens after its computed ones the step computes."""
 
     sequence: Sequence
-    count: int
+    tokens: int
 
 
 class Scheduler:
@@ -87,7 +87,7 @@ class Scheduler:
         return step
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        """Let a waiting sequence of the same tokens share all that `parent` has computed. False when no seat is free."""
+        """Let a waiting sequence of the same tokens share what `parent` has computed. False when no seat is free."""
         if len(self.running) >= self.max_num_seqs:
             return False
         self.waiting.remove(child)

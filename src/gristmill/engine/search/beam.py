@@ -15,7 +15,7 @@ from typing import Literal
 
 from gristmill.engine.search.diverse_beam import away_from_earlier_groups
 from gristmill.engine.search.driver import Normalise, Objective, Search, SearchResult, log_probability, run
-from gristmill.engine.search.lexical_beam import lexical
+from gristmill.engine.search.lexical_beam import check_phrases, lexical
 from gristmill.engine.search.model import NextTokenModel
 from gristmill.engine.search.prune import beam
 from gristmill.errors import RequestError
@@ -94,7 +94,11 @@ def beam_search(
     *,
     objective: Objective = log_probability,
 ) -> list[SearchResult]:
-    """The n best outputs after a prompt, best first; fewer where fewer have a probability above 0."""
+    """The n best outputs after a prompt, best first; fewer where fewer have a probability above 0.
+
+    Raises RequestError for a required phrase with a token that ends outputs or is none of the model's, and what the
+    model raises for the prompt or for want of memory.
+    """
     return beam_search_batch(model, [prompt_ids], params, objective=objective)[0]
 
 
@@ -121,6 +125,8 @@ def _searches(
     """One search for each group; each sees those before it."""
     searches: list[Search] = []
     width = params.width // params.groups
+    end_ids: frozenset[int] = frozenset() if params.ignore_eos else model.end_ids
+    check_phrases(params.required, model.vocab_size, end_ids)
     for _ in range(params.groups):
         away = away_from_earlier_groups(searches, params.diversity_penalty, objective)
         searches.append(
@@ -128,7 +134,7 @@ def _searches(
                 prompt_ids=prompt_ids,
                 prune=lexical(width, params.required) if params.required else beam(width),
                 max_tokens=params.max_tokens,
-                end_ids=frozenset() if params.ignore_eos else model.end_ids,
+                end_ids=end_ids,
                 objective=away if searches and params.diversity_penalty else objective,
                 normalise=params.normalise,
                 enough=lambda search: _enough(search, params),

@@ -152,14 +152,14 @@ class Search:
         return self.length + 1 == self.max_tokens
 
     def open(self, paths: list[Path]) -> None:
-        """Go on from these paths, whose next tokens are computed; none are opened once there is enough."""
+        """Go on from these paths, whose next-token distributions one forward has computed."""
         self.forwards += 1
         self.expanded += len(paths)
         self.paths = paths
 
     def step(self) -> list[tuple[Path, int]]:
-        """Choose candidates, set aside those that end, and return the others: paths that wait for their forward, each
-        still with its parent's hypothesis, and the token that extends it. No path is open until then."""
+        """Choose candidates, set aside those that end, and return the others: paths that still have their parents'
+        hypotheses, each with the token that extends it. They are open again once `open` has the extended ones."""
         choices = self.prune(self, self.objective(self))
         self.levels.append(len(choices))
         last, growing = self.is_last_step, []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gristmill.engine.search.driver import Choice, Prune, Search
 from gristmill.engine.search.prune import beam, best
+from gristmill.errors import RequestError
 
 Phrase = tuple[int, ...]
 
@@ -35,7 +36,7 @@ def lexical(width: int, required: Sequence[Sequence[int]]) -> Prune:
         left = search.max_tokens - search.length - 1
         scores = scores.clone()
         for row, path in enumerate(search.paths):
-            if tokens_missing(path.hypothesis.token_ids, phrases):  # a phrase may itself hold an end token: never met
+            if tokens_missing(path.hypothesis.token_ids, phrases):
                 scores[row, list(search.end_ids)] = -math.inf
         banks: dict[int, list[Choice]] = {}
         for choice in _candidates(search, scores, width, phrases):
@@ -48,6 +49,15 @@ def lexical(width: int, required: Sequence[Sequence[int]]) -> Prune:
         return sorted(ending + _share_out(going, width), key=lambda choice: -choice.score)
 
     return prune
+
+
+def check_phrases(required: Sequence[Sequence[int]], vocab_size: int, end_ids: frozenset[int]) -> None:
+    """Raise RequestError for a phrase that no output can hold and go on."""
+    for token in (token for phrase in required for token in phrase):
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"required: token id {token} is not in the vocabulary of {vocab_size}", field="required")
+        if token in end_ids:
+            raise RequestError(f"required: token {token} ends the output; set ignore_eos", field="required")
 
 
 def tokens_missing(ids: Sequence[int], phrases: Sequence[Phrase]) -> int:

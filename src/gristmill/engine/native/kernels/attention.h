@@ -32,7 +32,7 @@ struct Heads {
 
 constexpr int TILE = 128;       // keys
 constexpr int ROWS = 6;         // rows of a register tile, 4 vectors wide
-constexpr long BLOCK_ROWS = 192;  // rows that share the packing of a tile
+constexpr long BLOCK_ROWS = 384;  // rows that share the packing of a tile
 constexpr long SMALL = 32;      // chunks with at most so many rows are split along the keys
 constexpr float LOWEST = -1e30f;
 
@@ -55,6 +55,40 @@ inline long part_size(const Heads& heads) { return round_up(heads.dim, LANES) + 
 inline long part_at(const Heads& heads, const Span& span, long tile, long token, long head) {
     return span.parts + ((tile * span.length + token) * heads.heads + head) * part_size(heads);
 }
+
+// The tiles that some token of an item sees.
+struct TileRange {
+    long begin, end;
+    TileRange(const Span& span, const Item& item, long window)
+        : begin(std::max(item.tile, window ? std::max(0l, span.start + item.first - window + 1) / TILE : 0)),
+          end(std::min(item.tile_end, (span.start + item.last + TILE - 1) / TILE)) {}
+};
+
+// Ask for a tile of some heads: keys and values of a long context come from memory, not from a cache.
+inline void prefetch_tile(const Heads& heads, const Cache& cache, const Span& span, long tile, long head, long head_end) {
+    const long size = cache.kind == CACHE_FLOAT32 ? 4 : cache.kind == CACHE_BFLOAT16 ? 2 : 1;
+    const long stride = heads.kv_heads * heads.dim * size, begin = head * heads.dim * size;
+    const long last = std::min((tile + 1) * TILE, span.start + span.length);
+    for (long key = tile * TILE; key < last; key++)
+        for (const char* store : {cache.keys, cache.values}) {
+            const char* row = store + span.slots[key] * stride;
+            for (long at = begin; at < head_end * heads.dim * size; at += 64) __builtin_prefetch(row + at, 0, 2);
+        }
+}
+
+// The first tile of an item that comes later, or nothing.
+struct Ahead {
+    const Heads& heads;
+    const Cache& cache;
+    const Span* span;
+    const Item* item;
+    long window;
+    void fetch() const {
+        if (!item) return;
+        const TileRange tiles(*span, *item, window);
+        if (tiles.begin < tiles.end) prefetch_tile(heads, cache, *span, tiles.begin, item->head, item->head_end);
+    }
+};
 
 // One cell of a packed tile is 32 bits: a float, or two bfloat16 that are multiplied together.
 struct FloatTile {
@@ -207,9 +241,9 @@ struct Attention {
     long width() const { return vectors() * LANES; }
     static constexpr long value_steps = TILE / T::pair;
 
-    void pack_query(const float* query, long ld, const Item& item, long head) {
+    void pack_query(const float* query, long ld, const Item& item, long head, long row) {
         float factor = heads.factor * LOG2_E;
-        long group = heads.group(), row = 0;
+        const long group = heads.group();
         for (long token = item.first; token < item.last; token++)
             for (long g = 0; g < group; g++, row++) {
                 const float* from = query + (span.row + token) * ld + (head * group + g) * heads.dim;
@@ -279,71 +313,82 @@ struct Attention {
             }
     }
 
-    // The scores of one row become weights relative to the tile's maximum; keys [from, seen) of the tile are seen.
-    void soften(float* scores, uint32_t* weights, long vectors, long from, long seen, float& top, float& sum) {
-        if (from > 0) std::fill(scores, scores + std::min(from, vectors * LANES), -INFINITY);
-        if (seen < vectors * LANES) std::fill(scores + std::max(seen, 0l), scores + vectors * LANES, -INFINITY);
-        Floats highest = splat(LOWEST), total{};
-        for (long v = 0; v < vectors; v++) {
-            Floats x = load<Floats>(scores + v * LANES);
+    // The scores of one row, `vectors` of them, become weights relative to the tile's maximum.
+    template <int vectors>
+    void soften(const float* scores, uint32_t* weights, float& top, float& sum) {
+        Floats x[vectors], highest = splat(LOWEST), total{};
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            x[v] = load<Floats>(scores + v * LANES);
             if (kind == CACHE_INT8) {  // a place behind the last key has the scale 0, which must not meet its -inf
-                Floats scaled = x * load<Floats>(scratch.key_scales + v * LANES);
-                x = x == -INFINITY ? x : scaled;
-                store(scores + v * LANES, x);
+                Floats scaled = x[v] * load<Floats>(scratch.key_scales + v * LANES);
+                x[v] = x[v] == -INFINITY ? x[v] : scaled;
             }
-            highest = largest(highest, x);
+            highest = largest(highest, x[v]);
         }
         top = largest_of(highest);
-        for (long v = 0; v < vectors; v += T::pair) {
-            Floats weight = weigh(scores, v, top, total);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            x[v] = exp2_of<T::coarse>(x[v] - top);
+            total += x[v];
+            if (kind == CACHE_INT8) x[v] *= load<Floats>(scratch.value_scales + v * LANES);
+        }
+        sum = sum_of(total);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v += T::pair) {
 #if defined(GRISTMILL_BF16)
             if (T::pair == 2) {
-                Floats next = v + 1 < vectors ? weigh(scores, v + 1, top, total) : Floats{};
-                store(weights + v * LANES / 2, pairs_of(weight, next));
+                store(weights + v * LANES / 2, pairs_of(x[v], v + 1 < vectors ? x[v + 1 < vectors ? v + 1 : v] : Floats{}));
                 continue;
             }
 #endif
-            store(weights + v * LANES, weight);
+            store(weights + v * LANES, x[v]);
         }
-        sum = sum_of(total);
     }
 
-    GRISTMILL_INLINE Floats weigh(const float* scores, long v, float top, Floats& total) {
-        Floats weight = exp2_of<T::coarse>(load<Floats>(scores + v * LANES) - top);
-        total += weight;
-        return kind == CACHE_INT8 ? weight * load<Floats>(scratch.value_scales + v * LANES) : weight;
+    template <int most = TILE / LANES>
+    void soften_of(int vectors, const float* scores, uint32_t* weights, float& top, float& sum) {
+        if constexpr (most > 0) {
+            if (vectors == most) return soften<most>(scores, weights, top, sum);
+            soften_of<most - 1>(vectors, scores, weights, top, sum);
+        }
     }
 
     // Rows [row, row + rows) of the item over the packed tile of `count` keys from `first`; merged into what the rows
     // have so far.
-    void attend_rows(const Item& item, long row, long rows, long first, long count) {
-        const long group = heads.group();
+    void attend_rows(const Item& item, long base, long row, long rows, long first, long count) {
+        const long group = heads.group(), stride = padded(), wide = width();
         const long position = span.start + item.first + row / group;
         const long last = span.start + item.first + (row + rows - 1) / group;
         const long needed = std::min(count, last + 1 - first);
         if (needed <= 0 || (window && position - window >= first + count - 1)) return;
-        const long vectors = (needed + LANES - 1) / LANES;
-        product<T>(rows, scratch.query + row * padded(), padded(), scratch.keys, padded() * LANES, steps(),
-                   scratch.scores, TILE, vectors);
+        const int vectors = (needed + LANES - 1) / LANES;
+        product<T>(rows, scratch.query + (base + row) * stride, stride, scratch.keys, stride * LANES, steps(), scratch.scores,
+                   TILE, vectors);
         float tops[LANES], sums[LANES] = {};
         std::fill(tops, tops + LANES, LOWEST);
+        long at = position, turn = row % group;
+        row += base;
         for (long r = 0; r < rows; r++) {
-            long at = span.start + item.first + (row + r) / group;
-            soften(scratch.scores + r * TILE, scratch.weights + r * TILE, vectors,
-                   window ? at - window + 1 - first : 0, std::min(needed, at + 1 - first), tops[r], sums[r]);
+            float* scores = scratch.scores + r * TILE;
+            const long from = window ? at - window + 1 - first : 0, seen = std::min(needed, at + 1 - first);
+            if (from > 0) std::fill(scores, scores + std::min<long>(from, vectors * LANES), -INFINITY);
+            if (seen < vectors * LANES) std::fill(scores + std::max(seen, 0l), scores + vectors * LANES, -INFINITY);
+            soften_of(vectors, scores, scratch.weights + r * TILE, tops[r], sums[r]);
+            if (++turn == group) turn = 0, at++;
         }
         product<T>(rows, scratch.weights, TILE, scratch.values, value_steps * LANES,
-                   (vectors * LANES + T::pair - 1) / T::pair, scratch.part, width(), this->vectors());
+                   (vectors * LANES + T::pair - 1) / T::pair, scratch.part, wide, this->vectors());
         Floats before = load_part(scratch.top + row, rows), tile = load<Floats>(tops), top = largest(tile, before);
         before = exp2_of(before - top), tile = exp2_of(tile - top);
         store_part(scratch.top + row, top, rows);
         store_part(scratch.sum + row, fused(load<Floats>(sums), tile, load_part(scratch.sum + row, rows) * before), rows);
+        float befores[LANES], tiles[LANES];
+        store(befores, before), store(tiles, tile);
+        float *out = scratch.out + row * wide, *part = scratch.part;
         for (long r = 0; r < rows; r++)
-            for (long i = 0; i < width(); i += LANES) {
-                float* out = scratch.out + (row + r) * width() + i;
-                Floats sum = load<Floats>(out) * before[r];
-                store(out, fused(load<Floats>(scratch.part + r * width() + i), splat(tile[r]), sum));
-            }
+            for (long i = 0; i < wide; i += LANES, out += LANES, part += LANES)
+                store(out, fused(load<Floats>(part), splat(tiles[r]), load<Floats>(out) * befores[r]));
     }
 
     void clear(long rows) {
@@ -352,62 +397,66 @@ struct Attention {
         std::fill(scratch.sum, scratch.sum + rows, 0.0f);
     }
 
-    void keep_part(const Item& item, long head, long tile, float* parts) {
+    void keep_part(const Item& item, long base, long head, long tile, float* parts) {
         const long group = heads.group();
         for (long row = 0; row < (item.last - item.first) * group; row++) {
             float* part = parts + part_at(heads, span, tile, item.first + row / group, head * group + row % group);
-            std::memcpy(part, scratch.out + row * width(), width() * sizeof(float));
-            part[width()] = scratch.top[row], part[width() + 1] = scratch.sum[row];
+            std::memcpy(part, scratch.out + (base + row) * width(), width() * sizeof(float));
+            part[width()] = scratch.top[base + row], part[width() + 1] = scratch.sum[base + row];
         }
     }
 
-    void finish(const Item& item, long head, float* attended, long ld) {
+    void finish(const Item& item, long base, long head, float* attended, long ld) {
         const long group = heads.group();
         for (long row = 0; row < (item.last - item.first) * group; row++) {
             float* to = attended + (span.row + item.first + row / group) * ld + (head * group + row % group) * heads.dim;
-            float share = 1.0f / scratch.sum[row];
+            const float share = 1.0f / scratch.sum[base + row];
             for (long i = 0; i < heads.dim; i += LANES)
-                store_part(to + i, load<Floats>(scratch.out + row * width() + i) * share, heads.dim - i);
+                store_part(to + i, load<Floats>(scratch.out + (base + row) * width() + i) * share, heads.dim - i);
         }
     }
 
-    void run(const Item& item, const float* query, long ldq, float* attended, long ldo, float* parts) {
+    // Rows of an item's heads lie one head after the other. `next` is what this thread attends afterwards.
+    void run(const Item& item, const Ahead& next, const float* query, long ldq, float* attended, long ldo,
+             float* parts) {
         const long rows = (item.last - item.first) * heads.group(), end = span.start + item.last;
-        const long begin = window ? std::max(0l, span.start + item.first - window + 1) : 0;
-        const long from = std::max(item.tile, begin / TILE), to = std::min(item.tile_end, (end + TILE - 1) / TILE);
-        for (long head = item.head; head < item.head_end; head++) {
-            pack_query(query, ldq, item, head);
-            clear(rows);
-            for (long tile = from; tile < to; tile++) {
-                long first = tile * TILE, count = std::min<long>(TILE, end - first);
+        const TileRange tiles(span, item, window);
+        for (long head = item.head; head < item.head_end; head++)
+            pack_query(query, ldq, item, head, (head - item.head) * rows);
+        clear(rows * (item.head_end - item.head));
+        for (long tile = tiles.begin; tile < tiles.end; tile++) {
+            const long first = tile * TILE, count = std::min<long>(TILE, end - first);
+            for (long head = item.head; head < item.head_end; head++) {
+                const long base = (head - item.head) * rows;
+                if (tile + 1 < tiles.end)
+                    prefetch_tile(heads, cache, span, tile + 1, head, head + 1);
+                else if (head == item.head)
+                    next.fetch();
                 pack_tile(first, count, head);
                 for (long row = 0; row < rows; row += ROWS)
-                    attend_rows(item, row, std::min<long>(ROWS, rows - row), first, count);
-                if (span.parts < 0) continue;
-                keep_part(item, head, tile, parts);
-                clear(rows);
+                    attend_rows(item, base, row, std::min<long>(ROWS, rows - row), first, count);
+                if (span.parts >= 0) keep_part(item, base, head, tile, parts);
             }
-            if (span.parts < 0) finish(item, head, attended, ldo);
+            if (span.parts >= 0) clear(rows * (item.head_end - item.head));
         }
+        for (long head = item.head; head < item.head_end && span.parts < 0; head++)
+            finish(item, (head - item.head) * rows, head, attended, ldo);
     }
 };
 
 // Attend one item: query rows (tokens, ldq) and attended rows (tokens, ldo) of the flat batch.
 inline void attend(const Heads& heads, const Cache& cache, const Span& span, long window, Scratch& scratch,
-                   const Item& item, const float* query, long ldq, float* attended, long ldo, float* parts) {
+                   const Item& item, const Ahead& next, const float* query, long ldq, float* attended, long ldo,
+                   float* parts) {
 #if defined(GRISTMILL_BF16)
     using Narrow = PairTile;
 #else
     using Narrow = FloatTile;
 #endif
-    if (cache.kind == CACHE_FLOAT32)
-        Attention<FloatTile, CACHE_FLOAT32>{heads, cache, span, window, scratch}.run(item, query, ldq, attended, ldo,
-                                                                                   parts);
-    else if (cache.kind == CACHE_BFLOAT16)
-        Attention<Narrow, CACHE_BFLOAT16>{heads, cache, span, window, scratch}.run(item, query, ldq, attended, ldo,
-                                                                                 parts);
-    else
-        Attention<Narrow, CACHE_INT8>{heads, cache, span, window, scratch}.run(item, query, ldq, attended, ldo, parts);
+    const auto run = [&](auto attention) { attention.run(item, next, query, ldq, attended, ldo, parts); };
+    if (cache.kind == CACHE_FLOAT32) run(Attention<FloatTile, CACHE_FLOAT32>{heads, cache, span, window, scratch});
+    if (cache.kind == CACHE_BFLOAT16) run(Attention<Narrow, CACHE_BFLOAT16>{heads, cache, span, window, scratch});
+    if (cache.kind == CACHE_INT8) run(Attention<Narrow, CACHE_INT8>{heads, cache, span, window, scratch});
 }
 
 // Merge what the tiles gave a token of a span with parts, in the order in which one item would have.
@@ -451,15 +500,18 @@ inline long plan_items(const Heads& heads, std::vector<Span>& spans, int threads
                     items.push_back({s, first, std::min(first + block, span.length), head, head + 1, 0, tiles});
             continue;
         }
-        const bool all = target >= heads.kv_heads;
-        const long step = all ? std::min(tiles, target / heads.kv_heads) : 1, at_once = all ? heads.kv_heads : 1;
+        const long most = std::max(1l, BLOCK_ROWS / (span.length * group));  // heads whose rows fit the buffers
+        const bool all = target >= heads.kv_heads && most >= heads.kv_heads;
+        const long step = all ? std::min(tiles, target / heads.kv_heads) : 1;
+        const long at_once = all ? heads.kv_heads : std::min(most, target);
         if (step < tiles) {
             span.parts = parts;
             parts += tiles * span.length * heads.heads * part_size(heads);
         }
         for (long tile = 0; tile < tiles; tile += step)
             for (long head = 0; head < heads.kv_heads; head += at_once)
-                items.push_back({s, 0, span.length, head, head + at_once, tile, std::min(tile + step, tiles)});
+                items.push_back({s, 0, span.length, head, std::min(head + at_once, heads.kv_heads), tile,
+                                 std::min(tile + step, tiles)});
     }
     auto cost = [&](const Item& item) {
         long seen = std::min(item.tile_end, (spans[item.span].start + item.last + TILE - 1) / TILE) - item.tile;

@@ -60,6 +60,15 @@ GRISTMILL_INLINE void store_part(float* to, Floats x, long count) {
         std::memcpy(to, &x, count * sizeof(float));
 }
 
+GRISTMILL_INLINE void store_bfloat16(uint16_t* to, Floats x, long count) {
+#if defined(GRISTMILL_BF16)
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, count >= LANES ? 2 * LANES : 2 * count);
+#else
+    for (long i = 0; i < count && i < LANES; i++) to[i] = to_bf16(x[i]);
+#endif
+}
+
 // 2^x. Relative error 1e-7, or 8e-5 when `coarse`, which is below the rounding of bfloat16. -inf gives 0, NaN stays.
 template <bool coarse = false>
 GRISTMILL_INLINE Floats exp2_of(Floats x) {

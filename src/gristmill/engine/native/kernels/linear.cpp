@@ -150,7 +150,9 @@ void tile(const Linear& l, long panel, const Rows& x, long row, Ahead ahead, flo
     switch (l.kind) {
         case FLOAT32: tile_float32<R>(l, w, x, xs, ahead, sums); break;
         case BFLOAT16: tile_bfloat16<R>(l, w, x, xs, ahead, sums); break;
-        case INT8: tile_int8<R>(l, w, x, xs, l.scales + panel * PANEL, x.scales + row, x.sums + row, ahead, sums); break;
+        case INT8:
+            tile_int8<R>(l, w, x, xs, l.scales + panel * PANEL, x.scales + row, x.sums + row, ahead, sums);
+            break;
         default: {
             const long first = row * groups_of(l);
             tile_int4<R>(l, w, x, xs, x.scales + first, x.sums + first, ahead, sums);
@@ -186,15 +188,19 @@ void tile_of(int rows, const Linear& l, long panel, const Rows& x, long row, Ahe
 
 void multiply(const Linear& l, const Rows& x, long rows, float* y, long ldy, bool accumulate, int thread,
               int threads) {
-    const Share panels(panels_of(l), thread, threads);
-    const long blocks = (rows + TILE_ROWS - 1) / TILE_ROWS, bytes = panel_bytes(l);
-    for (long panel = panels.begin; panel < panels.end; panel++) {
+    const long panels = panels_of(l), blocks = (rows + TILE_ROWS - 1) / TILE_ROWS, bytes = panel_bytes(l);
+    // Few panels for many threads: the blocks of rows are split too.
+    const long parts = panels >= 4 * threads ? 1 : blocks < threads ? blocks : threads;
+    const Share items(panels * parts, thread, threads);
+    for (long item = items.begin; item < items.end; item++) {
+        const long panel = item / parts;
         const char* next = (const char*)l.weights + (panel + 1) * bytes;
-        for (long block = 0; block < blocks; block++) {
-            const Share share(rows, block, blocks);
-            // Each block of rows fetches its part of the next panel; with one block the processor itself sees the stream.
+        const Share mine(blocks, item % parts, parts);
+        for (long block = mine.begin; block < mine.end; block++) {
+            const Share row(rows, block, blocks);
+            // Each block of rows fetches its part of the next panel; with one block the hardware follows the stream.
             const Ahead ahead = {next + block * (bytes / blocks), blocks == 1 ? 0 : 128 / blocks};
-            tile_of(share.end - share.begin, l, panel, x, share.begin, ahead, y, ldy, accumulate);
+            tile_of(row.end - row.begin, l, panel, x, row.begin, ahead, y, ldy, accumulate);
         }
     }
 }
@@ -248,7 +254,8 @@ void gristmill_place(gristmill::Linear* linear, const void* packed) { gristmill:
 size_t gristmill_rows_bytes(const gristmill::Linear* linear, long rows) { return gristmill::rows_bytes(*linear, rows); }
 
 // y (rows, out) = x (rows, in) W' + bias; `scratch` is aligned to 64 and holds rows_bytes.
-void gristmill_linear(const gristmill::Linear* linear, const float* x, long rows, void* scratch, float* y, int threads) {
+void gristmill_linear(const gristmill::Linear* linear, const float* x, long rows, void* scratch, float* y,
+                      int threads) {
     const gristmill::Rows prepared = gristmill::rows_at(*linear, scratch, rows);
 #pragma omp parallel num_threads(threads)
     {

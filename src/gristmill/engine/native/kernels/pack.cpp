@@ -1,7 +1,5 @@
-// The canonical weight of a layer, laid out in panels. A panel is a sequence of vectors, one 4-byte unit for each of its
-// channels: one float32, two bfloat16, four int8 (as value + 128) or eight int4 (the first four in the low nibbles).
-#include <cmath>
-
+// The canonical weight of a layer, laid out in panels. A panel is a sequence of vectors, one 4-byte unit for each of
+// its channels: one float32, two bfloat16, four int8 (as value + 128) or eight int4 (the first four in low nibbles).
 #include "linear.h"
 
 namespace gristmill {

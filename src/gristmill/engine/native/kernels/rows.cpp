@@ -96,7 +96,9 @@ void prepare_row(const Rows& into, long row, const float* x) {
             if (into.in % 2) halves[into.in] = 0;
             break;
         }
-        case INT8: quantise(x, into.in, round_up(into.in, 4), 128, (int8_t*)to, into.scales + row, into.sums + row); break;
+        case INT8:
+            quantise(x, into.in, round_up(into.in, 4), 128, (int8_t*)to, into.scales + row, into.sums + row);
+            break;
         default: {
             const long groups = groups_of(into), first = row * groups;
             for (long g = 0; g < groups; g++) {

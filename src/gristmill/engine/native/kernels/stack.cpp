@@ -14,6 +14,8 @@
 namespace gristmill {
 namespace {
 
+static const long ROW_BLOCK = getenv("RB") ? atoi(getenv("RB")) : 48;
+
 // What Python fills, once for a model. Weights, norms and the cache belong to Python.
 struct Layer {
     Linear qkv, output, gate_up, down;
@@ -102,24 +104,47 @@ class Stack {
     float *projected, *attended, *inner, *parts;
     char* row_buffer;
     uint32_t* scratch_words;
-    size_t scratch_stride;
+    size_t scratch_stride, rows_size, inner_size;
 
     long qkv_size() const { return (heads.heads + 2 * heads.kv_heads) * heads.dim; }
     long query_size() const { return heads.heads * heads.dim; }
 
+    // Rows that one thread, or all threads together, take through a stretch of a layer.
+    struct Part {
+        long begin, end;
+        int thread, team;
+        char* rows;    // memory of prepared rows
+        float* inner;  // (end - begin, 2 * inner)
+        float* row;    // of this thread alone
+        long count() const { return end - begin; }
+        Share share() const { return {end - begin, thread, team}; }
+    };
+
+    // With many tokens each thread takes rows of its own through a layer, some at a time so that they stay in its
+    // cache; with few, all threads share every product.
+    bool by_rows(long tokens, int team) const { return tokens >= 16 * team && tokens >= 2 * team * ROW_BLOCK / 3; }
+
     void make_room(const Step& step) {
-        size_t most = 0;
+        const bool own = by_rows(step.tokens, threads);
+        const long rows = own ? ROW_BLOCK : step.tokens;
+        rows_size = 0;
         for (const Layer& layer : layers)
             for (const Linear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down})
-                most = std::max(most, rows_bytes(*linear, step.tokens));
-        row_buffer = row_memory.of<char>(most);
+                rows_size = std::max<size_t>(rows_size, round_up(rows_bytes(*linear, rows), 4096));
+        inner_size = round_up(rows * 2 * decoder.inner, 1024);
+        row_buffer = row_memory.of<char>(rows_size * (own ? threads : 1));
+        inner = inner_memory.of<float>(inner_size * (own ? threads : 1) * sizeof(float));
         projected = projected_memory.of<float>(step.tokens * qkv_size() * sizeof(float));
         attended = attended_memory.of<float>(step.tokens * query_size() * sizeof(float));
-        inner = inner_memory.of<float>(step.tokens * 2 * decoder.inner * sizeof(float));
-        long widest = std::max<long>({decoder.hidden, decoder.inner, query_size()});
+        make_scratch(std::max<long>({decoder.hidden, decoder.inner, query_size()}));
+    }
+
+    void make_scratch(long widest) {
         scratch_stride = round_up(Scratch::words(heads) + widest, 1024);
         scratch_words = scratch_memory.of<uint32_t>(scratch_stride * threads * sizeof(uint32_t));
     }
+
+    float* row_of(int thread) const { return (float*)(scratch_words + scratch_stride * thread) + Scratch::words(heads); }
 
     void plan(const Step& step) {
         spans.clear(), span_of.clear();
@@ -175,7 +200,7 @@ class Stack {
             std::memcpy(store + entry * heads.dim * 4, head, heads.dim * sizeof(float));
         } else if (decoder.cache_kind == CACHE_BFLOAT16) {
             uint16_t* to = (uint16_t*)store + entry * heads.dim;
-            for (long i = 0; i < heads.dim; i++) to[i] = to_bf16(head[i]);
+            for (long i = 0; i < heads.dim; i += LANES) store_bfloat16(to + i, load_part(head + i, heads.dim - i), heads.dim - i);
         } else {
             int8_t* to = (int8_t*)store + entry * heads.dim;
             float most = 0.0f;
@@ -187,66 +212,111 @@ class Stack {
         }
     }
 
-    void attention(const Layer& layer, const Cache& cache, std::atomic<long>& next, int thread) {
-        Scratch scratch(heads, scratch_words + scratch_stride * thread);
-        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)items.size();)
-            attend(heads, cache, spans[items[i].span], layer.window, scratch, items[i], projected, qkv_size(), attended,
-                   query_size(), parts);
+    // The next item of a layer, none after the last.
+    const Item* claim(std::atomic<long>& next) {
+        const long index = next.fetch_add(1, std::memory_order_relaxed);
+        return index < (long)items.size() ? &items[index] : nullptr;
     }
 
-    void run_layer(const Step& step, const Layer& layer, std::atomic<long>& next, int thread, int team) {
-        const long tokens = step.tokens, hidden = decoder.hidden;
-        const Share mine(tokens, thread, team);
-        float* row = (float*)(scratch_words + scratch_stride * thread) + Scratch::words(heads);
-        const Cache cache = cache_of(layer);
+    Ahead ahead(const Layer& layer, const Cache& cache, const Item* item) const {
+        return {heads, cache, item ? &spans[item->span] : nullptr, item, layer.window};
+    }
 
-        Rows rows = rows_at(layer.qkv, row_buffer, tokens);
-        for (long t = mine.begin; t < mine.end; t++) {
-            rms_norm(step.x + t * hidden, layer.attention_norm, decoder.eps, row, hidden);
-            prepare_row(rows, t, row);
+    void attention(const Layer& layer, const Cache& cache, std::atomic<long>& next, const Item* item, int thread) {
+        Scratch scratch(heads, scratch_words + scratch_stride * thread);
+        while (item) {
+            const Item* following = claim(next);
+            attend(heads, cache, spans[item->span], layer.window, scratch, *item, ahead(layer, cache, following),
+                   projected, qkv_size(), attended, query_size(), parts);
+            item = following;
         }
-        barrier.wait(team);
-        multiply(layer.qkv, rows, tokens, projected, qkv_size(), false, thread, team);
-        barrier.wait(team);
-        const long per_token = heads.heads + 2 * heads.kv_heads;
-        const Share units(tokens * per_token, thread, team);
-        for (long unit = units.begin; unit < units.end; unit++)
-            place_head(step, layer, cache, unit / per_token, unit % per_token);
-        barrier.wait(team);
-        attention(layer, cache, next, thread);
-        barrier.wait(team);
-        rows = rows_at(layer.output, row_buffer, tokens);
+    }
+
+    // From the residual stream to queries in `projected`, and keys and values in the cache.
+    void before_attention(const Step& step, const Layer& layer, const Part& part) {
+        const long hidden = decoder.hidden, per_token = heads.heads + 2 * heads.kv_heads;
+        const Rows rows = rows_at(layer.qkv, part.rows, part.count());
+        const Share mine = part.share(), units(part.count() * per_token, part.thread, part.team);
         for (long t = mine.begin; t < mine.end; t++) {
-            const Span& span = spans[span_of[t]];
-            float* own = attended + t * query_size();
-            if (span.parts >= 0) merge_parts(heads, span, layer.window, t - span.row, parts, own);
+            rms_norm(step.x + (part.begin + t) * hidden, layer.attention_norm, decoder.eps, part.row, hidden);
+            prepare_row(rows, t, part.row);
+        }
+        barrier.wait(part.team);
+        multiply(layer.qkv, rows, part.count(), projected + part.begin * qkv_size(), qkv_size(), false, part.thread,
+                 part.team);
+        barrier.wait(part.team);
+        const Cache cache = cache_of(layer);
+        for (long unit = units.begin; unit < units.end; unit++)
+            place_head(step, layer, cache, part.begin + unit / per_token, unit % per_token);
+    }
+
+    // From attended values back to the residual stream, and through the feed-forward layer.
+    void after_attention(const Step& step, const Layer& layer, const Part& part) {
+        const long hidden = decoder.hidden, count = part.count();
+        const Share mine = part.share();
+        float* x = step.x + part.begin * hidden;
+        Rows rows = rows_at(layer.output, part.rows, count);
+        for (long t = mine.begin; t < mine.end; t++) {
+            const Span& span = spans[span_of[part.begin + t]];
+            float* own = attended + (part.begin + t) * query_size();
+            if (span.parts >= 0) merge_parts(heads, span, layer.window, part.begin + t - span.row, parts, own);
             prepare_row(rows, t, own);
         }
-        barrier.wait(team);
-        multiply(layer.output, rows, tokens, step.x, hidden, true, thread, team);
-        barrier.wait(team);
-        rows = rows_at(layer.gate_up, row_buffer, tokens);
+        barrier.wait(part.team);
+        multiply(layer.output, rows, count, x, hidden, true, part.thread, part.team);
+        barrier.wait(part.team);
+        rows = rows_at(layer.gate_up, part.rows, count);
         for (long t = mine.begin; t < mine.end; t++) {
-            rms_norm(step.x + t * hidden, layer.mlp_norm, decoder.eps, row, hidden);
-            prepare_row(rows, t, row);
+            rms_norm(x + t * hidden, layer.mlp_norm, decoder.eps, part.row, hidden);
+            prepare_row(rows, t, part.row);
         }
-        barrier.wait(team);
-        multiply(layer.gate_up, rows, tokens, inner, 2 * decoder.inner, false, thread, team);
-        barrier.wait(team);
-        rows = rows_at(layer.down, row_buffer, tokens);
+        barrier.wait(part.team);
+        multiply(layer.gate_up, rows, count, part.inner, 2 * decoder.inner, false, part.thread, part.team);
+        barrier.wait(part.team);
+        rows = rows_at(layer.down, part.rows, count);
         for (long t = mine.begin; t < mine.end; t++) {
-            const float* gate = inner + t * 2 * decoder.inner;
-            gated(decoder.activation, gate, gate + decoder.inner, row, decoder.inner);
-            prepare_row(rows, t, row);
+            const float* gate = part.inner + t * 2 * decoder.inner;
+            gated(decoder.activation, gate, gate + decoder.inner, part.row, decoder.inner);
+            prepare_row(rows, t, part.row);
         }
-        barrier.wait(team);
-        multiply(layer.down, rows, tokens, step.x, hidden, true, thread, team);
-        barrier.wait(team);
+        barrier.wait(part.team);
+        multiply(layer.down, rows, count, x, hidden, true, part.thread, part.team);
+        barrier.wait(part.team);
+    }
+
+    void run_layers(const Step& step, int thread, int team) {
+        const bool own = by_rows(step.tokens, threads);
+        std::vector<Part> mine;
+        if (own) {
+            const Share rows(step.tokens, thread, team);
+            const long blocks = (rows.end - rows.begin + ROW_BLOCK - 1) / ROW_BLOCK;
+            for (long block = 0; block < blocks; block++) {
+                const Share share(rows.end - rows.begin, block, blocks);
+                mine.push_back({rows.begin + share.begin, rows.begin + share.end, 0, 1, row_buffer + rows_size * thread,
+                                inner + inner_size * thread, row_of(thread)});
+            }
+        } else {
+            mine.push_back({0, step.tokens, thread, team, row_buffer, inner, row_of(thread)});
+        }
+        for (size_t i = 0; i < layers.size(); i++) {
+            const Cache cache = cache_of(layers[i]);
+            const Item* item = claim(next_item[i]);
+            for (const Part& part : mine) before_attention(step, layers[i], part);
+            ahead(layers[i], cache, item).fetch();
+            barrier.wait(team);
+            attention(layers[i], cache, next_item[i], item, thread);
+            barrier.wait(team);
+            for (const Part& part : mine) after_attention(step, layers[i], part);
+        }
+        const Share rows(step.tokens, thread, team);
+        for (long t = rows.begin; t < rows.end; t++)
+            rms_norm(step.x + t * decoder.hidden, decoder.final_norm, decoder.eps, step.hidden + t * decoder.hidden,
+                     decoder.hidden);
     }
 
     void head(const float* hidden, long rows, float* logits, int thread, int team) {
         Rows prepared = rows_at(*decoder.head, row_buffer, rows);
-        float* row = (float*)(scratch_words + scratch_stride * thread) + Scratch::words(heads);
+        float* row = row_of(thread);
         const Share mine(rows, thread, team);
         for (long r = mine.begin; r < mine.end; r++) {
             const float* from = hidden + r * decoder.hidden;
@@ -268,8 +338,7 @@ class Stack {
 
     void make_head_room(long rows) {
         row_buffer = row_memory.of<char>(rows_bytes(*decoder.head, rows));
-        scratch_stride = round_up(Scratch::words(heads) + decoder.hidden, 1024);
-        scratch_words = scratch_memory.of<uint32_t>(scratch_stride * threads * sizeof(uint32_t));
+        make_scratch(decoder.hidden);
     }
 
   public:
@@ -282,14 +351,7 @@ class Stack {
         make_room(step);
         plan(step);
 #pragma omp parallel num_threads(threads)
-        {
-            const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-            for (size_t i = 0; i < layers.size(); i++) run_layer(step, layers[i], next_item[i], thread, team);
-            const Share mine(step.tokens, thread, team);
-            for (long t = mine.begin; t < mine.end; t++)
-                rms_norm(step.x + t * decoder.hidden, decoder.final_norm, decoder.eps, step.hidden + t * decoder.hidden,
-                         decoder.hidden);
-        }
+        run_layers(step, omp_get_thread_num(), omp_get_num_threads());
     }
 
     void logits(const float* hidden, long rows, float* into) {
@@ -306,6 +368,9 @@ class Stack {
             const int thread = omp_get_thread_num(), team = omp_get_num_threads();
             head(hidden, rows, into, thread, team);
             argmax_rows(into, decoder.vocab, rows, decoder.vocab, best, highest, thread, team);
+            const Share mine(rows, thread, team);
+            for (long r = mine.begin; r < mine.end; r++)
+                if (!std::isfinite(highest[r])) best[r] = -1;
         }
     }
 };
