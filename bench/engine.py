@@ -144,14 +144,22 @@ def loaded(model: str, names: list[str], threads: int, context: int, directory: 
 
 
 def measure(sides: list[Side], batch: int, prompt: int, new: int, rounds: int, vocabulary: int) -> dict[str, Any]:
-    """Rates by side. The sides take turns, each round with prompts of its own, after one unmeasured round."""
+    """Rates by side. The sides take turns, each round with prompts of its own, after one unmeasured round; a side that
+    fails is taken off the list."""
     draw = random.Random(0)
     times = {side.name: Times() for side in sides}
     for number in range(rounds + 1):
         prompts = [[[draw.randrange(vocabulary) for _ in range(prompt)] for _ in range(batch)] for _ in range(2)]
-        for side in sides:
-            first, _ = side.run(prompts[0], 1)
-            whole, tokens = side.run(prompts[1], new if number else min(new, 8))
+        for side in list(sides):
+            try:
+                first, _ = side.run(prompts[0], 1)
+                whole, tokens = side.run(prompts[1], new if number else min(new, 8))
+            except RuntimeError as error:
+                print(f"{side.name} is left out from here: {error}", file=sys.stderr)
+                sides.remove(side)
+                side.close()
+                times.pop(side.name)
+                continue
             if number:
                 times[side.name].first.append(first)
                 times[side.name].all.append(whole)

@@ -164,8 +164,6 @@ def overhead(path: Path, kind: str, quick: bool) -> dict[str, Any]:
 
 def speculation(path: Path, kind: str, quick: bool) -> dict[str, Any]:
     """Tokens per second of one request with drafts from its own text over without, taking turns."""
-    import torch
-
     from gristmill import SamplingParams
 
     llms = [load(path, kind), load(path, kind, speculation="ngram")]

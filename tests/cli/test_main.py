@@ -54,7 +54,7 @@ def test_every_verb_has_a_module_with_config_and_run() -> None:
         module = import_module(cli.module_of(verb))
         assert module.Config.__dataclass_params__.frozen
         assert callable(module.run)
-    helpers = {"__init__", "ladder_report", "options", "sampling", "stream"}
+    helpers = {"__init__", "ladder_report", "loading", "options", "sampling", "stream"}
     modules = {cli.module_of(verb).rpartition(".")[2] for verb in cli.VERBS}
     assert {path.stem for path in folder.glob("*.py")} - helpers == modules, "a module without a verb"
 

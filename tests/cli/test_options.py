@@ -77,6 +77,7 @@ def test_the_printed_configuration_loads_back_to_the_same_object(
         "import": ["--dtype", "bfloat16", "--verify"],
         "export": ["--format", "gguf", "--file_type", "q8_0", "--max_shard_size", "1GiB"],
         "inspect": ["--tensors", "--json"],
+        "quantize": ["--scheme", "int4", "--method", "gptq", "--group_size", "64", "--calibration", "a: b # c"],
         "bench": ["--sweep", "[1,4]", "--quantization", "int8", "--watts", "65", "--out", "a: b # c"],
         "assets": ["--sha256", "0123", "--kind", "data"],
         "tokens": ["--ids", "--template", "chatml"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gristmill.errors import CheckpointError, RequestError
-from gristmill.model.attention.layer import Memory
+from gristmill.model.attention.layer import StatesMemory
 from gristmill.model.attention.packed import PackedAttention, PackedCross
 from gristmill.model.attention.patterns import Banded
 from gristmill.model.config import (
@@ -175,7 +175,7 @@ def test_a_mixture_of_nothing_is_refused(name: str) -> None:
 
 
 def test_a_memory_that_nobody_reads_is_refused() -> None:
-    memory = Memory(torch.zeros(3, 24), PackedCross([4], [3]))
+    memory = StatesMemory(torch.zeros(3, 24), PackedCross([4], [3]))
     with pytest.raises(RequestError, match="no cross-attention"):
         Transformer(parts.BASE).hidden_states(
             torch.zeros(4, dtype=torch.long), None, PackedAttention([4]), memory=memory

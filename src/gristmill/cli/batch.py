@@ -6,11 +6,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gristmill.cli.loading import Loading
 from gristmill.cli.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Config(Sampling):
+class Config(Loading, Sampling):
     """Answer every line of a JSONL file (prompt or messages, perhaps an id and sampling parameters) with a line of
     another, in the same order. Stopped and started again, it goes on where it stood."""
 
@@ -20,8 +21,6 @@ class Config(Sampling):
     """JSONL file of answers; what is there already is kept."""
     model: str
     """Asset name, Hugging Face directory, GGUF file or run directory."""
-    dtype: str = "float32"
-    """Type of the weights: float32, bfloat16 or float16."""
     in_flight: int = 256
     """Most lines read ahead of the oldest unfinished one."""
 
@@ -31,7 +30,7 @@ def run(config: Config) -> int:
     from gristmill.engine.llm import LLM
     from gristmill.engine.offline import run_batch
 
-    llm = LLM(config.model, dtype=config.dtype)
+    llm = LLM(config.model, **config.loading)
     output = Path(config.output)
     try:
         counts = run_batch(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gristmill.cli.loading import Loading
 from gristmill.errors import DataError, RequestError
 
 if TYPE_CHECKING:
@@ -24,21 +25,13 @@ _TEXT = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Loading):
     """gristmill bench engine MODEL: measure the engine under load. The last line of the output is one JSON object."""
 
     what: Literal["engine"]
     """What is measured: the engine, in this process."""
     model: str
     """Asset name, Hugging Face directory, GGUF file or run directory."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights."""
-    quantization: Literal["int8", "w8a8", "int4"] | None = None
-    """Load the weights with 8 or 4 bits."""
-    kv_cache_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
-    """Type of keys and values; float32 for plain float32 weights and bfloat16 for others when not given."""
-    speculation: str | None = None
-    """ngram, early-exit:LAYERS or the name of a smaller model."""
     policy: Literal["first-come", "shortest", "priority", "deadline", "fair"] = "first-come"
     """Which request goes first."""
     prefill_first: bool = False
@@ -149,10 +142,7 @@ def _measure(config: Config, text: str) -> BenchReport:
     length = config.prompt_tokens + config.output_tokens
     llm = LLM(
         config.model,
-        dtype=config.dtype,
-        quantization=config.quantization,
-        kv_cache_dtype=_kv_dtype(config),
-        speculation=config.speculation,
+        **config.loading,
         device=config.device,
         seed=config.seed,
         policy=policy_named(config.policy, prefill_first=config.prefill_first),
@@ -181,8 +171,8 @@ def _measure(config: Config, text: str) -> BenchReport:
         for stream, level in enumerate(levels)
     ]
     memory = Memory(
-        weight_bytes(llm.model.config, conditions.bytes_per_weight),
-        cache_bytes(llm.model.config, length, most, conditions.bytes_per_kv),
+        weight_bytes(llm.engine.config, conditions.bytes_per_weight),
+        cache_bytes(llm.engine.config, length, most, conditions.bytes_per_kv),
         peak.peak(),
     )
     return BenchReport(
@@ -213,7 +203,7 @@ def _conditions(config: Config, llm: LLM) -> Conditions:
         meter = SampledPower(lambda: watts, source=source)
     quantised = {None: float(dtype.itemsize), "int8": 1.0, "w8a8": 1.0, "int4": 0.5}  # scales left out
     return Conditions(
-        config=llm.model.config,
+        config=llm.engine.config,
         machine=measure_machine(config.device, dtype=dtype),
         bytes_per_weight=quantised[config.quantization],
         bytes_per_kv=getattr(torch, _kv_dtype(config)).itemsize,

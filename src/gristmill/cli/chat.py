@@ -6,6 +6,7 @@ import secrets
 import sys
 from dataclasses import dataclass
 
+from gristmill.cli.loading import Loading
 from gristmill.cli.sampling import Sampling
 from gristmill.cli.stream import stream
 from gristmill.core import Message
@@ -16,20 +17,18 @@ _HELP = "Enter sends. /new starts a new conversation, /quit (or Ctrl-D) ends, Ct
 
 
 @dataclass(frozen=True)
-class Config(Sampling):
+class Config(Loading, Sampling):
     """Talk to a model. Reads lines from standard input, so it can be used in a pipe."""
 
     model: str
     """Asset name, Hugging Face directory, GGUF file or run directory."""
     system: str = ""
     """System message; empty leaves it to the chat template."""
-    dtype: str = "float32"
-    """Type of the weights: float32, bfloat16 or float16."""
 
 
 def run(config: Config) -> int:
     """The conversation loop. A message that cannot be answered is reported and forgotten; the talk goes on."""
-    llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32))  # a seed that was asked for is the request's
+    llm = LLM(config.model, **config.loading, seed=secrets.randbits(32))  # a seed that was asked for is the request's
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{llm.model_name}, context of {llm.max_model_len} tokens. {_HELP}", file=sys.stderr)

@@ -6,6 +6,7 @@ import secrets
 import sys
 from dataclasses import dataclass
 
+from gristmill.cli.loading import Loading
 from gristmill.cli.sampling import Sampling
 from gristmill.cli.stream import stream
 from gristmill.core import Message
@@ -14,7 +15,7 @@ from gristmill.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Config(Sampling):
+class Config(Loading, Sampling):
     """Complete a prompt with a model; the text is written to standard output as it comes."""
 
     model: str
@@ -23,8 +24,6 @@ class Config(Sampling):
     """The text to go on from; - reads standard input."""
     chat: bool = False
     """Put the prompt as a user's message through the chat template."""
-    dtype: str = "float32"
-    """Type of the weights: float32, bfloat16 or float16."""
 
 
 def run(config: Config) -> int:
@@ -32,7 +31,7 @@ def run(config: Config) -> int:
     prompt = _read_prompt() if config.prompt == "-" else config.prompt
     if not prompt:
         raise RequestError("the prompt is empty. Give one with --prompt TEXT, or --prompt - for standard input.")
-    llm = LLM(config.model, dtype=config.dtype, seed=secrets.randbits(32))  # a seed that was asked for is the request's
+    llm = LLM(config.model, **config.loading, seed=secrets.randbits(32))  # a seed that was asked for is the request's
     messages: list[Message] = [{"role": "user", "content": prompt}]
     ids = llm.renderer.render_prompt(messages) if config.chat else llm.tokenizer.encode(prompt)
     params = config.params(room=llm.max_model_len - len(ids))

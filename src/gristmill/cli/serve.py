@@ -9,11 +9,12 @@ import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from gristmill.cli.loading import Loading
 from gristmill.errors import GristmillError, MissingExtra
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Loading):
     """Serve a model over the OpenAI HTTP interface, with a chat page at /."""
 
     model: str
@@ -24,8 +25,6 @@ class Config:
     """Port to listen on; 0 takes a free one and prints it."""
     name: str | None = None
     """The model's name in requests; by default what you call it here."""
-    dtype: str = "float32"
-    """Type of the weights: float32, bfloat16 or float16."""
     seed: int = 0
     """Seed of requests that bring none."""
     threads: int | None = None
@@ -62,7 +61,7 @@ def _serve(config: Config, listener: socket.socket) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     print(f"loading {config.model} ...", flush=True)
-    llm = LLM(config.model, dtype=config.dtype, seed=config.seed)
+    llm = LLM(config.model, **config.loading, seed=config.seed)
     if config.name is not None:
         llm.model_name = config.name
     app = create_app(llm, max_body_bytes=config.max_body_mb * 1_000_000)

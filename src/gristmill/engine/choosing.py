@@ -10,7 +10,7 @@ from torch import Tensor
 from gristmill.core import LogitsProcessor, LogitsRow
 from gristmill.engine.request import Completion
 from gristmill.engine.runner import Runner
-from gristmill.engine.sampling.logprobs import top_logprobs
+from gristmill.engine.sampling.logprobs import token_logprobs, top_logprobs
 from gristmill.engine.sampling.random import uniform
 from gristmill.engine.sampling.sampler import Sampler
 from gristmill.engine.speculation.verify import verify, verify_greedy
@@ -120,7 +120,7 @@ class Chooser:
         for place, token in enumerate(tokens):
             probability = None
             if logits is not None and params.stop_below_probability > 0:
-                probability = float(logits[place].softmax(-1)[token])
+                probability = float(token_logprobs(logits[place : place + 1], [token]).exp())
             if logits is not None and params.logprobs is not None:
                 completion.logprobs += top_logprobs(logits[place : place + 1], [token], params.logprobs, self.tokenizer)
             completion.append(token, probability)

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from gristmill.core import LogitsProcessor, Prompt, RequestOutput, SamplingParams
+from gristmill.engine import encoder_decoder
 from gristmill.engine.choosing import Chooser
 from gristmill.engine.constraints.processor import Constraints
 from gristmill.engine.memory.block_pool import BlockPool, salt
 from gristmill.engine.memory.paged_cache import Chunk
+from gristmill.engine.memory.sources import SourcePool
 from gristmill.engine.metrics.counters import EngineMetrics
 from gristmill.engine.pacing import Pacing
 from gristmill.engine.request import Completion, Request, Standing
@@ -34,6 +36,7 @@ from gristmill.engine.speculation.adaptive import AdaptiveProposer
 from gristmill.engine.speculation.proposer import DraftRequest, Proposer
 from gristmill.engine.stopping import generation_flops
 from gristmill.errors import RequestError
+from gristmill.model.encoder_decoder import EncoderDecoder
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
 
@@ -45,7 +48,8 @@ class Engine:
     """Runs one model for any number of requests.
 
     max_model_len: most tokens of a prompt and its output; None takes the model's context, or what fits in memory.
-    kv_cache_tokens: how many tokens' keys and values fit in memory, over all requests. kv_cache_dtype: None for the
+    kv_cache_tokens: how many tokens' keys and values fit in memory, over all requests. In an encoder-decoder both are
+    the decoder's; as much memory again holds what it reads of prompts. kv_cache_dtype: None for the
     weights' type, or float32, bfloat16, int8. block_size: tokens of a block of that memory.
     max_num_seqs: most sequences of one step. max_num_batched_tokens: most tokens of one forward; longer prompts are
     computed in parts. prefix_caching: keep what was computed of prompts for requests that begin alike.
@@ -60,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | EncoderDecoder,
         tokenizer: Tokenizer,
         *,
         max_model_len: int | None = None,
@@ -78,8 +82,10 @@ class Engine:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        context = model.config.context
+        self.pair = model.config if isinstance(model, EncoderDecoder) else None
+        """The configuration of an encoder-decoder, whose encoder reads the prompts."""
+        self.config = model.config.decoder if isinstance(model, EncoderDecoder) else model.config
+        self.model, self.tokenizer, context = model, tokenizer, self.config.context
         _need_at_least_one(kv_cache_tokens=kv_cache_tokens, max_num_seqs=max_num_seqs, block_size=block_size)
         _need_at_least_one(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens)
         if itl_stretch is not None and not itl_stretch > 1:
@@ -97,14 +103,16 @@ class Engine:
             runner(num_blocks, block_size) if runner else _torch_runner(model, kv_cache_dtype)(num_blocks, block_size)
         )
         self.pool = BlockPool(num_blocks, block_size)
+        self.sources = SourcePool(num_blocks, block_size, caching=prefix_caching) if self.pair else None
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             policy=policy,
             prefix_caching=prefix_caching,
+            sources=self.sources,
         )
-        vocabulary = model.config.vocab_size
+        vocabulary = self.config.vocab_size
         own = Constraints(tokenizer, vocabulary, self.max_model_len)
         self.chooser = Chooser(self.runner, tokenizer, vocabulary, (own, *processors))
         self.pacing, self.metrics, self.clock = Pacing(itl_stretch), EngineMetrics(), clock
@@ -132,12 +140,15 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", field="request_id")
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.token_ids("prompt", prompt)
+        ids, source = self.encode(prompt), None
+        standing = standing or Standing()
+        if ids and self.pair is not None and self.sources is not None:
+            source = encoder_decoder.new_source(ids, params, standing.cache_salt, self.pair, self.sources)
+            ids = [self.pair.decoder_start_token_id]
         self._check(ids, params)
         seed = params.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
-        standing = standing or Standing()
         request = Request(
             request_id,
             text,
@@ -150,8 +161,9 @@ class Engine:
             clock=self.clock,
             standing=standing,
             # every prompt token's own log-probability needs its state, which a cached block does not hold
-            flops=generation_flops(self.config, len(ids)),
+            flops=self._flops(len(source.ids if source else ids)),
             cache_root=None if params.prompt_logprobs is not None else salt(*filter(None, [standing.cache_salt])),
+            source=source,
         )
         self._requests[request_id] = request
         for completion in request.completions:
@@ -195,9 +207,20 @@ class Engine:
         self._measure(scheduled, drafted, planned - started, computed - planned + head, chosen - computed - head)
         return outputs
 
-    def token_ids(self, field: str, tokens: Iterable[object]) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt; an encoder's text stands between the special tokens that the tokenizer puts around one.
+
+        Raises RequestError for an id that is none or is not in the vocabulary.
+        """
+        if not isinstance(prompt, str):
+            return self.token_ids("prompt", prompt, self.pair.encoder.vocab_size if self.pair else None)
+        if self.pair is None:
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_framed([prompt])[0][0] if prompt else []
+
+    def token_ids(self, field: str, tokens: Iterable[object], vocabulary: int | None = None) -> list[int]:
         """The ids as plain integers. Raises RequestError for one that is none or is not in the vocabulary."""
-        vocabulary = self.config.vocab_size
+        vocabulary = vocabulary or self.config.vocab_size
         ids: list[int] = []
         for token in tokens:
             try:
@@ -209,9 +232,24 @@ class Engine:
             ids.append(index)
         return ids
 
+    @property
+    def max_prompt_len(self) -> int:
+        """The longest prompt: `max_model_len`, of which a decoder's prompt is a part, or what an encoder can read."""
+        if self.pair is None or self.sources is None:
+            return self.max_model_len
+        return encoder_decoder.max_source_tokens(self.pair, self.sources)
+
     def check_integrity(self) -> None:
         """Every block is free, cached, or held by the completions that count on it. Raises AssertionError otherwise."""
-        self.pool.check_integrity([c.block_table for r in self._requests.values() for c in r.completions])
+        held = [completion for request in self._requests.values() for completion in request.completions]
+        self.pool.check_integrity([completion.block_table for completion in held])
+        if self.sources is not None:
+            self.sources.pool.check_integrity([c.source.block_table for c in held if c.source is not None])
+
+    def _flops(self, prompt_tokens: int) -> Callable[[int], float]:
+        if self.pair is not None:
+            return encoder_decoder.generation_flops(self.pair, prompt_tokens)
+        return generation_flops(self.config, prompt_tokens)
 
     def _check(self, ids: Ids[int], params: SamplingParams) -> None:
         if not ids:
@@ -282,7 +320,7 @@ class Engine:
             draft = cast(Completion, sequence).draft
             drafted = draft.token_ids if draft is not None else ()
             ids += drafted
-            chunks.append(Chunk(sequence.block_table, start, count + len(drafted)))
+            chunks.append(Chunk(sequence.block_table, start, count + len(drafted), sequence.source))
         return self.runner.hidden_states(ids, chunks)
 
     def _ready(self, scheduled: list[Scheduled], hidden: Tensor) -> list[tuple[Completion, int]]:
@@ -371,7 +409,7 @@ class Engine:
     ) -> None:
         """Count a step; the times are seconds."""
         metrics, pool = self.metrics, self.pool
-        prompt = sum(count for _, count in scheduled if count > 1)
+        prompt = sum(count for _, count in scheduled if count > 1) + self.scheduler.source_tokens
         self.pacing.measured(forward, sum(count == 1 for _, count in scheduled), prompt)
         if self.proposer is not None and not prompt:
             self.proposer.cost.observe(schedule + forward + sample, len(scheduled), drafted)
@@ -386,10 +424,14 @@ class Engine:
         metrics.sample_seconds.add(sample)
 
 
-def _torch_runner(model: Transformer, kv_dtype: torch.dtype | None) -> RunnerFactory:
-    dtype = kv_dtype or model.embed_tokens.weight.dtype
+def _torch_runner(model: Transformer | EncoderDecoder, kv_dtype: torch.dtype | None) -> RunnerFactory:
+    dtype = kv_dtype or next(model.parameters()).dtype
 
     def make(num_blocks: int, block_size: int) -> Runner:
+        if isinstance(model, EncoderDecoder):
+            return encoder_decoder.EncoderDecoderRunner(
+                model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype
+            )
         return TorchRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype)
 
     return make

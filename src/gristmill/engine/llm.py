@@ -10,20 +10,25 @@ import numpy as np
 import torch
 
 from gristmill.core import Message, Prompt, RequestOutput, SamplingParams, Score
-from gristmill.engine import scoring
+from gristmill.engine import encoders, scoring
 from gristmill.engine.engine import Engine
 from gristmill.engine.prepare import prepare, proposer_named
 from gristmill.engine.search.beam import BeamSearchParams, beam_search_batch
 from gristmill.engine.search.driver import SearchResult
 from gristmill.engine.search.paged import PagedHypotheses
 from gristmill.errors import RequestError
+from gristmill.model.encoder import Encoder
+from gristmill.model.encoder_decoder import EncoderDecoder
+from gristmill.model.sentence import SentenceEncoder
+from gristmill.model.transformer import Transformer
 from gristmill.tokens.renderer import JinjaRenderer
 
 
 class LLM:
-    """A language model that generates, chats, scores and embeds.
+    """A language model that generates, chats, scores and embeds. An encoder embeds alone and refuses the rest.
 
-    model: an asset name, a Hugging Face directory, a GGUF file or a run directory.
+    model: an asset name, a Hugging Face directory, a GGUF file or a run directory; a decoder, an encoder-decoder, whose
+    encoder reads the prompts, or an encoder.
     dtype: type of the weights, float32, bfloat16 or float16. quantization: keep the weights in fewer bits instead:
     "int8" (weights alone), "w8a8" (8-bit activations too: the fastest here), "int4".
     kv_cache_dtype: float32, bfloat16 or int8; None takes float32 for float32 weights, bfloat16 for others.
@@ -49,6 +54,18 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         self.model_name = str(model)
+        self._engine: Engine | None = None
+        self._renderer: JinjaRenderer | None = None
+        self._answers: ResponseCache | None = None
+        self._embedder: SentenceEncoder | None = None
+        if encoders.is_encoder(model):
+            options = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype, "speculation": speculation}
+            self._refuse_any({**options, "response_cache": response_cache or None, **engine_options})
+            self._embedder = encoders.load_sentence_encoder(model, dtype=dtype, device=device)
+            self.network: Transformer | EncoderDecoder | Encoder = self._embedder.encoder
+            self.tokenizer, self.path = self._embedder.tokenizer, "PyTorch, for it is an encoder"
+            self.max_model_len = self._embedder.max_tokens
+            return
         prepared = prepare(
             model,
             dtype=dtype,
@@ -57,9 +74,9 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             fast_kernels=fast_kernels,
         )
-        self.model, self.tokenizer, self.path = prepared.model, prepared.tokenizer, prepared.path
-        self.engine = Engine(
-            self.model,
+        self.network, self.tokenizer, self.path = prepared.model, prepared.tokenizer, prepared.path
+        self._engine = Engine(
+            prepared.model,
             self.tokenizer,
             seed=seed,
             runner=prepared.runner,
@@ -69,12 +86,30 @@ class LLM:
             self.engine.speculate(proposer_named(speculation, self.engine, prepared))
         self.max_model_len = self.engine.max_model_len
         self._forward = prepared.forward(self.engine)
-        self._renderer: JinjaRenderer | None = None
-        self._answers: ResponseCache | None = None
         if response_cache:
             from gristmill.engine.memory.response_cache import ResponseCache
 
             self._answers = ResponseCache(response_cache)
+
+    @property
+    def engine(self) -> Engine:
+        """What generates. Raises RequestError where the model is an encoder, which does not."""
+        if self._engine is None:
+            raise RequestError(
+                f"{self.model_name} is an encoder: it reads whole texts and has no next token, so it embeds and cannot "
+                "generate, chat or score",
+                field="model",
+            )
+        return self._engine
+
+    @property
+    def model(self) -> Transformer:
+        """The model, a decoder by itself. Raises RequestError for another kind, which `network` is."""
+        if not isinstance(self.network, Transformer):
+            raise RequestError(
+                f"{self.model_name} is not a decoder by itself, but {type(self.network).__name__}", field="model"
+            )
+        return self.network
 
     @property
     def renderer(self) -> JinjaRenderer:
@@ -113,7 +148,7 @@ class LLM:
         """The answer to a request that came before, or the prompt."""
         if self._answers is None:
             return prompt
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.engine.token_ids("prompt", prompt)
+        ids = self.engine.encode(prompt)
         found = self._answers.get(self._answers.key(self.model_name, ids, params))
         return prompt if found is None else found
 
@@ -123,6 +158,7 @@ class LLM:
         Raises RequestError for a prompt that does not fit the context with `max_tokens`, and when running requests
         leave too few blocks.
         """
+        self._refuse_pair("beam_search")
         ids = [self._encode(prompt, "prompt") for prompt in _as_list(prompts)]
         return beam_search_batch(self.hypotheses(), ids, params)
 
@@ -131,6 +167,7 @@ class LLM:
 
         keep_hidden: hypotheses also give their final states, which contrastive search reads.
         """
+        self._refuse_pair("hypotheses")
         return PagedHypotheses(
             self.engine.runner,
             self.engine.pool,
@@ -145,7 +182,15 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
-        """See `LanguageModel.chat`. The token that closes a turn ends the answer, unless `ignore_eos`."""
+        """See `LanguageModel.chat`. The token that closes a turn ends the answer, unless `ignore_eos`.
+
+        Raises RequestError for an encoder-decoder whose tokenizer has no chat template.
+        """
+        if self.engine.pair is not None and self.tokenizer.chat_template is None:
+            raise RequestError(
+                f"{self.model_name} is an encoder-decoder without a chat template: generate() takes its source texts",
+                field="messages",
+            )
         params = (sampling_params or SamplingParams()).ending_at(self.renderer.stop_token_ids)
         single = bool(messages) and isinstance(messages[0], dict)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
@@ -157,14 +202,17 @@ class LLM:
 
     def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
         """See `LanguageModel.score_many`."""
-        encoded = []
+        encoded, engine = [], self.engine
         for prompt, completion in pairs:
             prompt_ids = self._encode(prompt, "prompt")
             completion_ids = self._encode(completion, "completion")
-            total = len(prompt_ids) + len(completion_ids)
-            if total > self.max_model_len:
+            total = len(completion_ids) + (len(prompt_ids) if engine.pair is None else 0)
+            if total > self.max_model_len or len(prompt_ids) > engine.max_prompt_len:
+                limits = f"the context holds {self.max_model_len}"
+                if engine.pair is not None:
+                    limits = f"the encoder reads {engine.max_prompt_len}, the decoder {self.max_model_len}"
                 raise RequestError(
-                    f"prompt and completion have {total} tokens, the context holds {self.max_model_len}",
+                    f"prompt and completion have {len(prompt_ids)} and {len(completion_ids)} tokens, {limits}",
                     field="completion",
                     code="context_length_exceeded",
                 )
@@ -172,22 +220,41 @@ class LLM:
         return scoring.score_completions(self._forward, encoded)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """See `LanguageModel.embed`: the mean of the final hidden states, scaled to unit length."""
+        """See `LanguageModel.embed`: the mean of the final hidden states, scaled to unit length; those of the encoder
+        where there is one, pooled as its checkpoint says. Raises RequestError for a text that is too long."""
+        if self._embedder is not None:
+            return self._embedder.embed(texts, truncate=False)
         ids = [self._encode(text, "texts") for text in texts]
         for number, item in enumerate(ids):
-            if len(item) > self.max_model_len:
+            if len(item) > self.engine.max_prompt_len:
                 raise RequestError(
-                    f"text {number} has {len(item)} tokens, the context holds {self.max_model_len}", field="texts"
+                    f"text {number} has {len(item)} tokens, the context holds {self.engine.max_prompt_len}",
+                    field="texts",
                 )
         return scoring.mean_embeddings(self._forward, self.engine.config.hidden_size, ids)
 
     def _encode(self, text: Prompt, field: str) -> list[int]:
-        # a start token belongs before a prompt, never between a prompt and its completion
-        add_bos = False if field == "completion" else None
-        ids = self.tokenizer.encode(text, add_bos=add_bos) if isinstance(text, str) else text
-        if len(ids) == 0:
+        if field != "completion":
+            ids = self.engine.encode(text)
+        elif isinstance(text, str):
+            # a start token belongs before a prompt, never between a prompt and its completion
+            ids = self.tokenizer.encode(text, add_bos=False)
+        else:
+            ids = self.engine.token_ids(field, text)
+        if not ids:
             raise RequestError(f"{field} is empty", field=field)
-        return self.engine.token_ids(field, ids)
+        return ids
+
+    def _refuse_pair(self, what: str) -> None:
+        if self.engine.pair is not None:
+            raise RequestError(f"{what}: an encoder-decoder is not searched; use generate()", field="model")
+
+    def _refuse_any(self, options: dict[str, Any]) -> None:
+        """Options of models that generate, which an encoder would ignore."""
+        if given := [name for name, value in options.items() if value is not None]:
+            raise RequestError(
+                f"{given[0]} is for models that generate, and {self.model_name} is an encoder", field=given[0]
+            )
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

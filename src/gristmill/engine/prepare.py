@@ -8,6 +8,7 @@ from typing import cast, get_args
 
 import torch
 
+from gristmill.engine.encoder_decoder import EncoderDecoderRunner, PairForward
 from gristmill.engine.engine import Engine, RunnerFactory
 from gristmill.engine.native import build
 from gristmill.engine.native.decoder import KV_DTYPES as NATIVE_KV_DTYPES
@@ -22,7 +23,8 @@ from gristmill.engine.speculation.early_exit import EarlyExitProposer
 from gristmill.engine.speculation.ngram import NgramProposer
 from gristmill.engine.speculation.proposer import Proposer
 from gristmill.errors import RequestError, closest
-from gristmill.model.load import load_model
+from gristmill.model.encoder_decoder import EncoderDecoder
+from gristmill.model.load import load_generator
 from gristmill.model.quantised.load import load_quantised
 from gristmill.model.quantised.weights import Scheme
 from gristmill.model.transformer import Transformer
@@ -36,7 +38,7 @@ KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": to
 class Prepared:
     """A model with what runs it. `path` says in a sentence what computes its steps, and why not in a faster way."""
 
-    model: Transformer
+    model: Transformer | EncoderDecoder
     tokenizer: Tokenizer
     runner: RunnerFactory
     path: str
@@ -44,6 +46,8 @@ class Prepared:
 
     def forward(self, engine: Engine) -> Forward:
         """What scores whole texts: the trainer's own path, or where the weights are packed for native steps, these."""
+        if isinstance(self.model, EncoderDecoder):
+            return PairForward(self.model)
         return PagedForward(engine.runner, engine.pool) if self.native else PackedForward(self.model)
 
 
@@ -70,12 +74,15 @@ def prepare(
         raise RequestError(
             f"kv_cache_dtype {kv_cache_dtype!r} is none of {', '.join(KV_DTYPES)}", field="kv_cache_dtype"
         )
+    built: Transformer | EncoderDecoder
     if quantization is None:
-        built, tokenizer = load_model(model, dtype=dtype, device=device)
+        built, tokenizer = load_generator(model, dtype=dtype, device=device)
     else:
         built, tokenizer = load_quantised(model, cast(Scheme, quantization), device=device)
     fewer_bits = quantization is not None or dtype != "float32"
     kv_dtype = KV_DTYPES[kv_cache_dtype or ("bfloat16" if fewer_bits else "float32")]
+    if isinstance(built, EncoderDecoder):
+        return Prepared(built, tokenizer, _pair(built, kv_dtype), "PyTorch, for an encoder reads the prompts", False)
     kind = {None: dtype, "int8": "int8", "w8a8": "int8", "int4": "int4"}[quantization]
     refusal = _native_refusal(built, kind, kv_dtype) if fast_kernels else "fast_kernels is off"
     if refusal is None:
@@ -94,6 +101,10 @@ def proposer_named(name: str, engine: Engine, prepared: Prepared) -> Proposer:
     if name == "ngram":
         return NgramProposer()
     kind, _, layers = name.partition(":")
+    if isinstance(prepared.model, EncoderDecoder):
+        raise RequestError(
+            f"speculation {name!r} knows nothing of what the encoder read; take ngram", field="speculation"
+        )
     if kind == "early-exit":
         if not layers.isdecimal():
             raise RequestError(
@@ -101,6 +112,8 @@ def proposer_named(name: str, engine: Engine, prepared: Prepared) -> Proposer:
             )
         return EarlyExitProposer(engine.runner, layers=int(layers))
     draft = prepare(name, kv_cache_dtype=None)
+    if isinstance(draft.model, EncoderDecoder):
+        raise RequestError(f"{name} is an encoder-decoder and cannot go on with a text", field="speculation")
     check_same_tokens(prepared.tokenizer, draft.tokenizer)
     pool = engine.pool
     return DraftModelProposer(
@@ -114,6 +127,13 @@ def proposer_named(name: str, engine: Engine, prepared: Prepared) -> Proposer:
 def _torch(model: Transformer, kv_dtype: torch.dtype) -> RunnerFactory:
     def make(num_blocks: int, block_size: int) -> Runner:
         return TorchRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype)
+
+    return make
+
+
+def _pair(model: EncoderDecoder, kv_dtype: torch.dtype) -> RunnerFactory:
+    def make(num_blocks: int, block_size: int) -> Runner:
+        return EncoderDecoderRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype)
 
     return make
 

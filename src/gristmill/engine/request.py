@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gristmill.core import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 from gristmill.engine.detokenizer import Detokenizer
+from gristmill.engine.memory.sources import Source
 from gristmill.engine.scheduling.sequence import Sequence
 from gristmill.engine.speculation.proposer import Draft
 from gristmill.engine.stopping import Stopper
@@ -117,6 +118,7 @@ class Request:
         standing: Standing,
         cache_root: bytes | None,
         flops: Callable[[int], float] | None = None,
+        source: Source | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids, self.params = request_id, prompt, prompt_ids, params
         self.seed, self.arrived_at = seed, clock()
@@ -124,6 +126,7 @@ class Request:
         self.end_ids = frozenset([*model_ends, *(params.stop_token_ids or ())])
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self.is_plain = _is_plain(params)
+        self.source_ids = None if source is None else source.ids
         max_tokens = max_model_len - len(prompt_ids) if params.max_tokens is None else params.max_tokens
         self.completions = [
             Completion(
@@ -139,7 +142,9 @@ class Request:
                 priority=standing.priority,
                 deadline=standing.deadline,
                 user=standing.user,
-                cache_root=cache_root,
+                # what the decoder computed of one source is not that of another
+                cache_root=cache_root if source is None else source.root,
+                source=None if source is None else Source(source.ids, source.root),
             )
             for index in range(params.n)
         ]
@@ -156,7 +161,7 @@ class Request:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.prompt_ids,
+            prompt_token_ids=self.prompt_ids if self.source_ids is None else self.source_ids,
             outputs=[completion.output() for completion in self.completions],
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs is not None else None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
+from gristmill.model.attention.layer import Memory
 from gristmill.model.transformer import Transformer
 
 
@@ -60,8 +61,15 @@ class TorchRunner:
         self.cache.plan(chunks)
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + chunk.length)]
         return self.model.hidden_states(
-            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), self.cache
+            torch.tensor(ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            self.cache,
+            memory=self.memory(chunks),
         )
+
+    def memory(self, chunks: Sequence[Chunk]) -> Memory | None:
+        """What cross-attention reads; None without an encoder."""
+        return None
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

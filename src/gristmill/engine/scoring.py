@@ -31,11 +31,33 @@ class Forward(Protocol):
     def hidden(self, segments: Sequence[list[int]]) -> Tensor:
         """Final hidden states (tokens, hidden) of texts that lie one after another."""
 
+    def predicting(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Final states (completion tokens, hidden) that predict the completions' tokens, of (prompt, completion) pairs
+        one after another."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab), float32."""
 
 
-class PackedForward:
+class _Joined:
+    """A model that reads a prompt and its completion as one text."""
+
+    def hidden(self, segments: Sequence[list[int]]) -> Tensor:
+        raise NotImplementedError
+
+    def predicting(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """See `Forward.predicting`."""
+        # the last completion token predicts nothing: it is left out of the forward
+        segments = [(prompt + completion)[:-1] for prompt, completion in pairs]
+        rows: list[int] = []
+        offset = 0
+        for segment, (_, completion) in zip(segments, pairs, strict=True):
+            rows += range(offset + len(segment) - len(completion), offset + len(segment))
+            offset += len(segment)
+        return self.hidden(segments)[rows]
+
+
+class PackedForward(_Joined):
     """Without a key-value memory: the very path training takes, so the values are the trainer's bit for bit."""
 
     def __init__(self, model: Transformer) -> None:
@@ -53,7 +75,7 @@ class PackedForward:
         return self.model.logits(hidden).float()
 
 
-class PagedForward:
+class PagedForward(_Joined):
     """Through an engine's runner, in blocks that are free at the time."""
 
     def __init__(self, runner: Runner, pool: BlockPool) -> None:
@@ -87,18 +109,9 @@ def score_completions(forward: Forward, pairs: Sequence[tuple[list[int], list[in
     """Log-probability of each completion after its prompt; both non-empty ids. Sorted by length inside, not outside."""
     scores: list[Score | None] = [None] * len(pairs)
     for members in _batches([len(prompt) + len(completion) for prompt, completion in pairs], forward.max_tokens):
-        # the last completion token predicts nothing: it is left out of the forward
-        segments = [(pairs[i][0] + pairs[i][1])[:-1] for i in members]
-        hidden = forward.hidden(segments)
-        rows: list[int] = []
-        targets: list[int] = []
-        offset = 0
-        for i, segment in zip(members, segments, strict=True):
-            completion = pairs[i][1]
-            rows += range(offset + len(segment) - len(completion), offset + len(segment))
-            targets += completion
-            offset += len(segment)
-        logprobs, greedy = _score_rows(forward, hidden[rows], torch.tensor(targets, device=hidden.device))
+        states = forward.predicting([pairs[i] for i in members])
+        targets = [token for i in members for token in pairs[i][1]]
+        logprobs, greedy = _score_rows(forward, states, torch.tensor(targets, device=states.device))
         at = 0
         for i in members:
             end = at + len(pairs[i][1])

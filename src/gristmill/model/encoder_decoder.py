@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gristmill.core import KVCache
 from gristmill.errors import RequestError
-from gristmill.model.attention.layer import Memory
+from gristmill.model.attention.layer import Memory, StatesMemory
 from gristmill.model.attention.packed import PackedAttention, PackedCross, segment_positions
 from gristmill.model.config import EncoderDecoderConfig
 from gristmill.model.encoder import Encoder
@@ -44,7 +44,7 @@ class EncoderDecoder(nn.Module):
         """Run the encoder: what a decoder step of `target_lengths` (rows,) tokens reads of sources (rows, tokens)."""
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         states = self.encoder(input_ids, attention_mask)[real]
-        return Memory(states, PackedCross(target_lengths, real.sum(dim=1).tolist(), input_ids.device))
+        return StatesMemory(states, PackedCross(target_lengths, real.sum(dim=1).tolist(), input_ids.device))
 
     def packed(
         self, source_ids: Tensor, source_lengths: Sequence[int], target_ids: Tensor, target_lengths: Sequence[int]
@@ -53,7 +53,7 @@ class EncoderDecoder(nn.Module):
         device = source_ids.device
         cache = PackedAttention(source_lengths, device)
         states = self.encoder.hidden_states(source_ids, segment_positions(source_lengths, device), cache)
-        memory = Memory(states, PackedCross(target_lengths, source_lengths, device))
+        memory = StatesMemory(states, PackedCross(target_lengths, source_lengths, device))
         cache = PackedAttention(target_lengths, device)
         return self.decoder.hidden_states(target_ids, segment_positions(target_lengths, device), cache, memory=memory)
 

@@ -31,9 +31,23 @@ def load_model(
     model, tokenizer = load_any(path_or_name, dtype=dtype, device=device)
     if not isinstance(model, Transformer) or model.config.cross_attention:
         raise CheckpointError(f"{path_or_name}: not a decoder that generates by itself, but {_instead(model)}")
+    return model, _present(tokenizer, path_or_name)
+
+
+def load_generator(
+    path_or_name: str | Path, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[Transformer | EncoderDecoder, Tokenizer]:
+    """A model that generates, a decoder or an encoder-decoder, and its tokenizer. Raises as `load_model`."""
+    model, tokenizer = load_any(path_or_name, dtype=dtype, device=device)
+    if isinstance(model, EncoderDecoder) or (isinstance(model, Transformer) and not model.config.cross_attention):
+        return model, _present(tokenizer, path_or_name)
+    raise CheckpointError(f"{path_or_name}: not a model that generates, but {_instead(model)}")
+
+
+def _present(tokenizer: Tokenizer | None, where: str | Path) -> Tokenizer:
     if tokenizer is None:
-        raise CheckpointError(f"{path_or_name}: no tokenizer beside the model")
-    return model, tokenizer
+        raise CheckpointError(f"{where}: no tokenizer beside the model")
+    return tokenizer
 
 
 def load_any(

@@ -17,6 +17,8 @@ from engine import helpers
 from engine.constraints.steps import asked, begin, constraints, generate, of, random_logits, row
 from gristmill.core import BatchUpdate, LogitsRow, SamplingParams, StructuredOutput
 from gristmill.engine.constraints.processor import Constraints
+from gristmill.engine.engine import Engine
+from gristmill.engine.speculation.ngram import NgramProposer
 from gristmill.errors import GristmillError, MissingExtra, RequestError
 from gristmill.model.load import load_tokenizer
 
@@ -150,6 +152,28 @@ def test_a_model_chooses_among_what_is_allowed() -> None:
     valid(target.tokenizer.decode(output), PERSON)
 
 
+@pytest.mark.parametrize("speculation", [False, True])
+def test_an_engine_serves_forms_beside_free_text(speculation: bool) -> None:
+    """Batched with others, from a pool that preempts, drafted for or not: each output is what it is alone."""
+
+    def build() -> Engine:
+        target = helpers.engine(processors=[constraints()], kv_cache_tokens=128)
+        if speculation:
+            target.speculate(NgramProposer(min_n=1))
+        return target
+
+    forms = [{"json_schema": PERSON}, {"regex": "(ab)+c"}, {"choice": ["two", "twice"]}, {"json_schema": TREE}]
+    wanted = [SamplingParams(structured=StructuredOutput(**form), max_tokens=45, seed=3) for form in forms]
+    requests = [(helpers.prompt(9, seed), params) for seed, params in enumerate([*wanted, helpers.greedy()])]
+    together = [output.outputs[0] for output in helpers.run(build(), requests)]
+    assert [output.finish_reason for output in together] == ["stop"] * 4 + ["length"]
+    valid(together[0].text, PERSON)
+    assert re.fullmatch("(ab)+c", together[1].text)
+    assert together[2].text in ("two", "twice")
+    valid(together[3].text, TREE)
+    assert [helpers.only(build(), *request).token_ids for request in requests] == [o.token_ids for o in together]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_regex_choice_grammar_and_calls(seed: int) -> None:
     target = constraints()
@@ -264,7 +288,7 @@ def test_slots_move_and_are_freed() -> None:
 def test_end_tokens_come_only_where_the_form_is_complete() -> None:
     target = constraints()
     letter = target._vocabulary._ids[b"c"]
-    params = SamplingParams(structured=StructuredOutput(regex="ab+"), max_tokens=9, stop_token_ids=[letter])
+    params = SamplingParams(structured=StructuredOutput(regex="a[bc]*b"), max_tokens=9, stop_token_ids=[letter])
     begin(target, params)
     ends = [*target.tokenizer.stop_token_ids, letter]
     a, b = target._vocabulary._ids[b"a"], target._vocabulary._ids[b"b"]

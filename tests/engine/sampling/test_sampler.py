@@ -200,3 +200,29 @@ def test_slots_are_taken_once_moved_and_given_back() -> None:
     made.move(1, 700)
     made.add(1, SamplingParams(), PROMPT, (), 0, 0)
     assert made.sample(logits, [LogitsRow(700, PROMPT, [6])]) == expected
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        [{"temperature": 0.0}, {"temperature": 0.3}, {"temperature": 1.0}, {"temperature": 3.0}],
+        [{"top_k": 1}, {"top_k": 4}, {"top_k": 40}, {}],
+        [{"top_p": 0.01}, {"top_p": 0.3}, {"top_p": 0.7}, {}],
+    ],
+    ids=["temperature", "top-k", "top-p"],
+)
+def test_diversity_grows_with_temperature_and_pool(series: list[dict[str, Any]]) -> None:
+    """Different runs of two tokens among 100 samples of eight (distinct-2); greedy and a pool of one give one text."""
+    logits = some_logits(8, 4)
+    distinct = []
+    for changes in series:
+        made = sampler([(changes, 2 * seed) for seed in range(100)])
+        texts: list[list[int]] = [[] for _ in range(100)]
+        for step in range(8):
+            rows = [LogitsRow(slot, PROMPT, text) for slot, text in enumerate(texts)]
+            for text, token in zip(texts, made.sample(logits[step].expand(100, -1), rows), strict=True):
+                assert token is not None
+                text.append(token)
+        distinct.append(len({(at, *text[at : at + 2]) for text in texts for at in range(7)}))
+    assert distinct[0] == 7
+    assert distinct == sorted(set(distinct))

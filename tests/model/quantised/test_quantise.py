@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from gristmill.model.config import (
 )
 from gristmill.model.int8 import Int8Linear
 from gristmill.model.pruning import prune_linears
+from gristmill.model.quantised.checkpoint import save_quantised
 from gristmill.model.quantised.compare import compare_models
 from gristmill.model.quantised.linear import Int4Linear, Int8Embedding, Int8WeightLinear, weight_of
 from gristmill.model.quantised.quantise import model_bytes, quantise_model
@@ -56,8 +58,8 @@ def test_every_layer_is_replaced_by_its_rounded_self(scheme: Scheme) -> None:
     assert 0 < off < {"int8": 0.1, "w8a8": 0.2, "int4": 0.7}[scheme]
 
 
-def test_eight_bits_take_three_quarters_off_the_weights() -> None:
-    """fp32 : fp16 : int8 = 4 : 2 : 1, and the scales beside."""
+def test_eight_bits_take_three_quarters_off_the_weights_in_memory_and_on_disk(tmp_path: Path) -> None:
+    """fp32 : fp16 : int8 = 4 : 2 : 1, and the scales beside; and what it costs is told."""
     exact = tiny4.model(hidden_size=256, intermediate_size=512, vocab_size=500)
     model, half = copy.deepcopy(exact), copy.deepcopy(exact).half()
     report = quantise_model(model, "int8", embedding=True)
@@ -71,6 +73,13 @@ def test_eight_bits_take_three_quarters_off_the_weights() -> None:
     assert report.bytes_after == model_bytes(model)
     assert report.bytes_after < 0.265 * report.bytes_before
     assert report.left == ()
+    save_quantised(model, helpers.tokenizer(), tmp_path / "int8", report)
+    helpers.save(tmp_path / "float", exact)
+    files = [tmp_path / name / "model.safetensors" for name in ("float", "int8")]
+    assert files[1].stat().st_size < 0.275 * files[0].stat().st_size
+    told = compare_models(exact, model, tiny4.text(3))
+    assert told.perplexity_after / told.perplexity_before == pytest.approx(math.exp(told.added_nats), rel=1e-6)
+    assert abs(told.added_nats) < 0.05
 
 
 def test_four_bits_take_an_eighth_and_their_scales() -> None:
@@ -158,8 +167,26 @@ def test_the_comparison_tells_what_the_two_models_say() -> None:
     assert found.largest_difference == pytest.approx(float((logits[0] - logits[1]).abs().max()), rel=1e-5)
     agreed = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean()
     assert found.greedy_agreement == pytest.approx(float(agreed))
+    assert found.speed_before > 0 < found.speed_after
     with pytest.raises(RequestError, match="too few tokens"):
         compare_models(before, after, windows[:1])
+
+
+def test_what_int8_and_pruning_cost_stands_beside_what_they_save() -> None:
+    """Perplexity, speed and memory of each; pruning nothing is the identity, pruning much costs more than int8."""
+    exact, windows = tiny4.model(), tiny4.text(4)
+    told = {}
+    for name, share in {"int8": None, "nothing": 0.0, "third": 0.3}.items():
+        model = copy.deepcopy(exact)
+        if share is None:
+            quantise_model(model, "int8")
+        else:
+            prune_linears(model, share)
+        told[name] = (compare_models(exact, model, windows), model_bytes(model) / model_bytes(exact))
+    assert told["nothing"][0].added_nats == told["nothing"][0].largest_difference == 0
+    assert abs(told["int8"][0].added_nats) < abs(told["third"][0].added_nats)
+    assert told["int8"][1] < 1 == told["nothing"][1] == told["third"][1]
+    assert all(found.speed_after > 0 for found, _ in told.values())
 
 
 COMPRESSED: dict[str, Any] = {

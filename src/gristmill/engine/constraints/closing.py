@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -142,7 +142,8 @@ def _ends(matcher: LLMatcher, text: bytes) -> bool:
     return matcher.validate_tokens([*text, END]) == len(text) + 1 if text else matcher.is_accepting()
 
 
-def _continuations(mask: bytes, blanks: bool) -> list[bytes]:
+@lru_cache(maxsize=4096)
+def _continuations(mask: bytes, blanks: bool) -> tuple[bytes, ...]:
     """One byte of each kind that the mask allows."""
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
     allowed: list[int] = bits[:END].nonzero()[0].tolist()
@@ -152,4 +153,4 @@ def _continuations(mask: bytes, blanks: bool) -> list[bytes]:
     if len(allowed) > _FEW:  # ranges of letters: the first stands for the rest
         present = set(allowed)
         allowed = [value for value in allowed if value in _STRUCTURE or value - 1 not in present]
-    return [bytes([value]) for value in allowed]
+    return tuple(bytes([value]) for value in allowed)

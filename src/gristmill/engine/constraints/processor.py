@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Mask = NDArray[np.bool_]
 
 _KEPT_FORMS = 64
-_TRIED, _NEGLIGIBLE = 64, 16.0
+_TRIED, _NEGLIGIBLE = 64, 12.0
 """Most tokens of one row that are tried for an end within the budget, and by how many nats they may be less probable
 than the best: the others are forbidden untried."""
 _WALKS, _STEPS = 8, 1_000
@@ -247,7 +247,7 @@ class _Output:
         bits = np.frombuffer(self._tokens.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=size, bitorder="little").astype(bool)
         mask[self._vocabulary.eos] = False
-        pass
+        mask[self._ends] = False
         self._keep_time_to_end(mask, logits)
         if self._tokens.is_accepting():
             mask[self._ends] = True
@@ -270,9 +270,9 @@ class _Output:
         doubtful = (mask & ~safe).nonzero()[0]
         best = float(logits.masked_fill(torch.from_numpy(~mask).to(logits.device), -math.inf).max())
         mask[doubtful] = False
-        scores = logits[torch.from_numpy(doubtful).to(logits.device)].float().cpu().numpy()
-        likely = np.argsort(-scores, kind="stable")[:_TRIED]
-        for token in doubtful[likely[scores[likely] >= best - _NEGLIGIBLE]].tolist():
+        scores = logits[torch.from_numpy(doubtful).to(logits.device)].float()
+        values, order = scores.topk(min(_TRIED, len(doubtful)))
+        for token in doubtful[order[values >= best - _NEGLIGIBLE].cpu().numpy()].tolist():
             mask[token] = self._can_end_after(token, plan)
         if way:
             mask[way[0]] = True

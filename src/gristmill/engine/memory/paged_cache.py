@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gristmill.core import CAUSAL, AttentionRule
+from gristmill.engine.memory.sources import Source
 from gristmill.errors import RequestError
 from gristmill.model.attention.kernel import masked_attention, rule_attention, visible, without_idle_window
 from gristmill.model.config import ModelConfig
@@ -29,6 +30,8 @@ class Chunk:
     block_table: Sequence[int]
     start: int
     length: int
+    source: Source | None = None
+    """What its cross-attention reads, in a model with an encoder."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class PagedKVCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule = CAUSAL) -> Tensor:
         """See `KVCache.attend`. Stores the new keys and values first, so that tokens see themselves."""
         place = self._places[layer]
-        key, value = self._store(place, key, value)
+        key, value = self.write(place, key, value)
         latent = None if self._latent is None else self._latent.kv_rank
         value_size = value.shape[-1] if latent is None else latent
         if self._decode is not None and not self._prefills:
@@ -138,7 +141,7 @@ class PagedKVCache:
         for part in self._prefills:
             here = slice(part.begin, part.end)
             if part.slots is not None:
-                seen = self._read(place, part.slots, query.dtype)
+                seen = self.read(place, part.slots, query.dtype)
             else:
                 seen = (key[here], value[here] if latent is None else key[here, ..., :latent])
             rows = (query[None, here], seen[0][None], seen[1][None])
@@ -149,10 +152,10 @@ class PagedKVCache:
         return out
 
     def _attend_singles(self, plan: _Decode, place: int, query: Tensor, rule: AttentionRule) -> Tensor:
-        key, value = self._read(place, plan.slots if plan.span is None else slice(*plan.span), query.dtype)
+        key, value = self.read(place, plan.slots if plan.span is None else slice(*plan.span), query.dtype)
         return _attend_decode(plan, query, key, value, rule)
 
-    def _store(self, place: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, place: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the step's keys and values into their slots; returns them as later steps will read them, so that it
         does not matter how a prompt is cut into steps."""
         kept = []
@@ -170,7 +173,7 @@ class PagedKVCache:
                 kept.append(dequantise(levels, scale).to(x.dtype))
         return kept[0], kept[1]
 
-    def _read(self, place: int, slots: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def read(self, place: int, slots: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of the slots, of their shape plus (kv_heads, head_dim)."""
         found: list[Tensor] = []
         for index, store in enumerate((self.keys, self.values)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.engine.native import build
-from gristmill.engine.native.linear import Kind, LinearStruct, NativeLinear, of_kind
+from gristmill.engine.native.linear import Kind, LinearStruct, NativeLinear, allocate, of_kind
 from gristmill.model.attention.layer import Attention
 from gristmill.model.block import Block
 from gristmill.model.config import ModelConfig
@@ -91,9 +92,12 @@ def native_refusal(model: Transformer) -> str | None:
 def make_stores(config: ModelConfig, slots: int, dtype: torch.dtype) -> list[Tensor]:
     """Keys and values (places, slots, kv_heads, head_dim), and for int8 their scales (places, slots, kv_heads, 1)."""
     shape = (max(config.cache_slots) + 1, slots, config.num_key_value_heads)
-    # not zeroed: pages of memory are touched only when a block is first used
-    stores = [torch.empty((*shape, config.head_dim), dtype=dtype) for _ in range(2)]
-    return stores + [torch.empty((*shape, 1)) for _ in range(2)] if dtype == torch.int8 else stores
+    kinds = [(config.head_dim, dtype)] * 2 + [(1, torch.float32)] * (2 if dtype == torch.int8 else 0)
+    # not zeroed: memory is touched only when a block is first used. Huge pages: a sequence's blocks lie far apart from
+    # layer to layer, and looking up small pages took longer than reading them
+    return [
+        allocate(math.prod(shape) * width * of.itemsize).view(of).view(*shape, width) for width, of in kinds
+    ]
 
 
 @dataclass

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gristmill.engine.memory.block_pool import BlockPool
+from gristmill.engine.memory.sources import SourcePool
 from gristmill.engine.scheduling.policies import FirstCome, Policy
 from gristmill.engine.scheduling.sequence import Sequence
 
@@ -39,8 +40,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: Policy | None = None,
         prefix_caching: bool = True,
+        sources: SourcePool | None = None,
     ) -> None:
-        self.pool = pool
+        self.pool, self.sources = pool, sources
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.policy: Policy = policy or FirstCome()
@@ -50,6 +52,8 @@ class Scheduler:
         self.copies: list[tuple[int, int]] = []
         """Blocks to copy, (from, to), before the step that was scheduled last is computed."""
         self.num_preempted = 0
+        self.source_tokens = 0
+        """Tokens that the encoder reads in the step that was scheduled last."""
         self._budget = self._prompt_budget = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -62,7 +66,7 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self.pool.release(sequence.block_table)
+        self._release(sequence)
 
     def schedule(self, now: float = 0.0, prompt_limit: int | None = None) -> list[Scheduled]:
         """The sequences of the next step and how many tokens each computes. Their blocks are allocated.
@@ -71,7 +75,7 @@ class Scheduler:
         lowered where budget or blocks do not allow them. prompt_limit: most tokens of sequences that are behind by more
         than one token.
         """
-        self.copies = []
+        self.copies, self.source_tokens = [], 0
         self._budget = self.max_num_batched_tokens
         self._prompt_budget = self._budget if prompt_limit is None else prompt_limit
         step: list[Scheduled] = []
@@ -96,12 +100,16 @@ class Scheduler:
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_cached_tokens = parent.num_computed_tokens
         child.block_hashes = list(parent.block_hashes)
+        if self.sources is not None and parent.source is not None:
+            child.source = self.sources.share(parent.source)
         self.running.append(child)
         return True
 
     def computed(self, sequence: Sequence, num_computed_tokens: int) -> None:
         """Record how far a sequence is computed; blocks that became full can be found by others from now on."""
         sequence.num_computed_tokens = num_computed_tokens
+        if self.sources is not None and sequence.source is not None:
+            self.sources.was_read(sequence.source)
         if sequence.cache_root is None or not self.prefix_caching:
             return
         size, hashes = self.pool.block_size, sequence.block_hashes
@@ -144,9 +152,11 @@ class Scheduler:
                 continue  # it will share the prompt that its leader computes
             self._find_prefix(sequence)
             count = self._share(sequence)
-            if count == 0 or not self._allocate(sequence, count):
+            if count == 0 or not self._hold_source(sequence) or not self._allocate(sequence, count):
                 self._reset(sequence)
                 break
+            if sequence.source is not None and not sequence.source.is_read:
+                self.source_tokens += len(sequence.source.ids)
             if not sequence.was_preempted:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             admitted.append(sequence)
@@ -185,6 +195,17 @@ class Scheduler:
         sequence.block_table, sequence.block_hashes = blocks, hashes
         sequence.num_computed_tokens = len(blocks) * self.pool.block_size
 
+    def _hold_source(self, sequence: Sequence) -> bool:
+        """Blocks for the source of a sequence. False when there are too few, or when the encoder has enough to read in
+        this step: as many tokens as its prompts may have, or one source however long, for it cannot be cut."""
+        if self.sources is None or sequence.source is None:
+            return True
+        if not self.sources.hold(sequence.source):
+            return False
+        total = self.source_tokens + len(sequence.source.ids)
+        limit = min(self.max_num_batched_tokens, self._prompt_budget)
+        return sequence.source.is_read or self.source_tokens == 0 or total <= limit
+
     def _allocate(self, sequence: Sequence, count: int) -> bool:
         """Blocks for `count` tokens and the lookahead, all writable by this sequence alone. False when there are too
         few, and nothing is changed then but the lookahead, which is given up first."""
@@ -212,7 +233,12 @@ class Scheduler:
         self._reset(sequence)
         self.waiting.insert(0, sequence)
 
-    def _reset(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
+        if self.sources is not None and sequence.source is not None:
+            self.sources.release(sequence.source)
+
+    def _reset(self, sequence: Sequence) -> None:
+        self._release(sequence)
         sequence.block_hashes = []
         sequence.num_computed_tokens = sequence.num_lookahead = 0

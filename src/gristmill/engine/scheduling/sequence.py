@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gristmill.engine.memory.sources import Source
+
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
@@ -41,6 +43,8 @@ class Sequence:
     leader: Sequence | None = None
     """Another completion of the same prompt that computes it for both."""
     was_preempted: bool = False
+    source: Source | None = None
+    """What an encoder reads for it."""
 
     @property
     def num_missing_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,21 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.norm import build_norm
 from gristmill.model.positions.rope import RopeTables, apply_rope
 
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A layer's keys and values, each (source tokens, kv_heads, head_dim), of encoder states (source tokens, hidden)."""
+
+
+class Memory(Protocol):
+    """What a decoder reads of an encoder. One object serves all layers of one forward; who reads whose source, and
+    where keys and values live, is its business alone."""
+
+    def attend(self, layer: int, query: Tensor, project: Project, rule: AttentionRule) -> Tensor:
+        """Attended values of queries (target tokens, heads, head_dim), of the same shape."""
+
 
 @dataclass
-class Memory:
-    """What a decoder reads of an encoder: its final states, flat (source tokens, hidden), and who reads whose.
+class StatesMemory:
+    """An encoder's final states, flat (source tokens, hidden), and who reads whose.
 
     Keys and values of a layer are computed once and kept in `kept`, so that steps of generation share them.
     """
@@ -25,6 +37,12 @@ class Memory:
     states: Tensor
     plan: PackedCross
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, project: Project, rule: AttentionRule) -> Tensor:
+        """See `Memory.attend`."""
+        if layer not in self.kept:
+            self.kept[layer] = project(self.states)
+        return self.plan.attend(query, *self.kept[layer], rule)
 
 
 @dataclass
@@ -136,14 +154,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, layer: int) -> Tensor:
         """x (target tokens, hidden) -> (target tokens, hidden)."""
-        if layer not in memory.kept:
-            keys_values = self.kv_proj(memory.states).view(memory.states.shape[0], 2, self.kv_heads, self.head_dim)
-            key, value = keys_values.unbind(1)
-            memory.kept[layer] = key, value
         query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        attended = memory.plan.attend(query, *memory.kept[layer], self.rule)
+        attended = memory.attend(layer, query, self._keys_values, self.rule)
         out: Tensor = self.o_proj(attended.flatten(1))
         return out
+
+    def _keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self.kv_proj(states).view(states.shape[0], 2, self.kv_heads, self.head_dim).unbind(1)
+        return key, value
 
 
 def layer_rule(config: ModelConfig, layer: int) -> AttentionRule:

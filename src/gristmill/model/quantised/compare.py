@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from gristmill.model.transformer import Transformer
 class Comparison:
     """Both models on the same windows of text. perplexity_*: exp of the mean nats per token. added_nats: the mean of
     what a token costs more, and its standard error over windows. largest_difference: of any two logits; spread: the
-    standard deviation of the original's logits. greedy_agreement: share of tokens after which both choose the same."""
+    standard deviation of the original's logits. greedy_agreement: share of tokens after which both choose the same.
+    speed_*: tokens per second of these forward passes."""
 
     tokens: int
     perplexity_before: float
@@ -28,6 +30,8 @@ class Comparison:
     largest_difference: float
     spread: float
     greedy_agreement: float
+    speed_before: float
+    speed_after: float
 
 
 @torch.inference_mode()
@@ -41,10 +45,15 @@ def compare_models(
     or one that is too short."""
     if len(windows) < 2 or min(map(len, windows)) < 2:
         raise RequestError("the text has too few tokens to compare on; give a longer one", field="text")
-    costs, largest, same, variance = [], 0.0, 0, 0.0
+    costs, seconds, largest, same, variance = [], [0.0, 0.0], 0.0, 0, 0.0
     for number, window in enumerate(windows, start=1):
         ids = torch.tensor(list(window), device=next(before.parameters()).device)
-        left, right = (_checked(model(ids)[:-1].float()) for model in (before, after))
+        pair = []
+        for side, model in enumerate((before, after)):
+            began = time.perf_counter()
+            pair.append(_checked(model(ids)[:-1].float()))  # the check waits for a device
+            seconds[side] += time.perf_counter() - began
+        left, right = pair
         costs.append((len(ids) - 1, *(float(F.cross_entropy(x, ids[1:], reduction="sum")) for x in (left, right))))
         largest = max(largest, float((left - right).abs().max()))
         same += int((left.argmax(-1) == right.argmax(-1)).sum())
@@ -63,6 +72,8 @@ def compare_models(
         largest_difference=largest,
         spread=math.sqrt(variance),
         greedy_agreement=same / tokens,
+        speed_before=(tokens + len(costs)) / seconds[0],
+        speed_after=(tokens + len(costs)) / seconds[1],
     )
 
 

@@ -70,7 +70,7 @@ class GGUFTensors(Mapping[str, Tensor]):
         if tensor.kind != GGMLQuantizationType.Q4_0 or expert is not None or len(tensor.shape) != 2:
             return None
         packed, scale = read_int4(self._file, tensor)
-        return packed, self._turned(name, scale)
+        return self._turned(name, packed), self._turned(name, scale)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
