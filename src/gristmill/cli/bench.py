@@ -6,15 +6,10 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gristmill.cli.loading import Loading
 from gristmill.errors import DataError, RequestError
-
-if TYPE_CHECKING:
-    from gristmill.engine.llm import LLM
-    from gristmill.engine.metrics.bench import Conditions
-    from gristmill.engine.metrics.report import BenchReport, Quality
 
 _TEXT = (
     "A mill by the river ground the grain of three villages. When the water was high the wheel turned all night, and "
@@ -121,7 +116,7 @@ def run(config: Config) -> int:
     return 0
 
 
-def _measure(config: Config, text: str) -> BenchReport:
+def _measure(config: Config, text: str) -> Any:
     from gristmill.engine.llm import LLM
     from gristmill.engine.metrics.bench import LoadShape, measure_point, measure_prefill
     from gristmill.engine.metrics.memory import PeakMemory, cache_bytes, weight_bytes
@@ -189,7 +184,7 @@ def _measure(config: Config, text: str) -> BenchReport:
     )
 
 
-def _conditions(config: Config, llm: LLM) -> Conditions:
+def _conditions(config: Config, llm: Any) -> Any:
     import torch
 
     from gristmill.engine.metrics.bench import Conditions
@@ -226,7 +221,7 @@ def _read_text(file: str) -> str:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
 
 
-def _quality(llm: LLM, text: str, source: str) -> Quality:
+def _quality(llm: Any, text: str, source: str) -> Any:
     """Perplexity of the text, in windows of the context, each after the last token of the one before."""
     from gristmill.engine.metrics.report import Quality
     from gristmill.evaluate.metrics import perplexity
@@ -249,7 +244,7 @@ def _read_report(path: Path) -> dict[str, Any]:
     return found
 
 
-def _show(report: BenchReport) -> None:
+def _show(report: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 

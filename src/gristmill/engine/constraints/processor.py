@@ -265,9 +265,11 @@ class _Output:
         if self._form.farthest <= left:
             return
         safe = (self._vocabulary.structural + 1) * self._form.detour <= left - len(way)
-        if len(way) <= left and self._form.free_strings and self._in_free_string(mask, plan):
-            safe |= self._vocabulary.words
         doubtful = (mask & ~safe).nonzero()[0]
+        if len(doubtful) == 0:
+            return
+        if len(way) <= left and self._form.free_strings and self._in_free_string(mask, plan):
+            doubtful = doubtful[~self._vocabulary.words[doubtful]]
         best = float(logits.masked_fill(torch.from_numpy(~mask).to(logits.device), -math.inf).max())
         mask[doubtful] = False
         scores = logits[torch.from_numpy(doubtful).to(logits.device)].float()

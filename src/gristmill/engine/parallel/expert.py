@@ -1,7 +1,7 @@
 """Expert parallelism at inference: the experts of all mixtures are dealt to the processes.
 
 Rank 0 computes everything else and sends each token to the processes of the experts that its router chose; the others
-hold experts, and neither attention nor keys and values. The exchange is the trainer's (gristmill.train.parallel.expert).
+hold experts, and neither attention nor keys and values. The exchange is that of gristmill.train.parallel.expert.
 
 Source: Lepikhin et al. 2020 (GShard), section 3.
 """
