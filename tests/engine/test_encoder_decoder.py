@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conformance.family import randomise
 from conformance.language_model import LanguageModelSuite
@@ -146,9 +148,9 @@ def test_the_encoder_reads_the_sources_of_a_step_together_and_each_once() -> Non
         assert runs == [34]
         found = run(target, [(sources[1], greedy(n=2))])  # nobody needed its blocks since
         assert runs == [34]
-        assert ids_of(found) == [plain("t5", sources[1], 8)] * 2
         run(engine(prefix_caching=False), [(sources[1], greedy()), (sources[1], greedy())])
         assert runs == [34, 18]
+    assert ids_of(found) == [plain("t5", sources[1], 8)] * 2
 
 
 def test_what_is_known_of_a_source_stays_with_its_salt_and_with_the_source() -> None:
@@ -273,10 +275,10 @@ def test_generation_ends_when_its_operations_are_spent_the_encoders_included() -
     spent = generation_flops(config, 12)
     found = run(engine(), [(source, greedy(max_tokens=20, max_flops=spent(3)))])[0].outputs[0]
     assert (len(found.token_ids), found.stop_reason) == (4, "max_flops")
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
         model()(torch.tensor([source]), torch.tensor([[2, *found.token_ids[:-1]]]))
     # the counter takes the masked half of the decoder's own scores for work
-    assert counter.get_total_flops() == pytest.approx(spent(4), rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(spent(4), rel=0.003)
 
 
 # The front
@@ -317,14 +319,15 @@ def test_what_does_not_go_with_an_encoder_is_refused_in_a_sentence(llm: LLM, tmp
     with pytest.raises(RequestError, match="no probabilities") as caught:
         llm.generate("The river", greedy(prompt_logprobs=1))
     assert caught.value.field == "prompt_logprobs"
-    with pytest.raises(RequestError, match="encoder-decoder without a chat template"):
-        llm.chat([{"role": "user", "content": "The river"}])
     with pytest.raises(RequestError, match="not searched"):
-        llm.beam_search("The river", BeamSearchParams(beam_width=2, max_tokens=3))
+        llm.beam_search("The river", BeamSearchParams(width=2, max_tokens=3))
     with pytest.raises(RequestError, match="EncoderDecoder"):
         _ = llm.model
     with pytest.raises(RequestError, match="take ngram"):
         LLM(save(tmp_path), speculation="early-exit:1")
+    replace(helpers.tokenizer(), chat_template=None).save(tmp_path)
+    with pytest.raises(RequestError, match="encoder-decoder without a chat template"):
+        LLM(tmp_path).chat([{"role": "user", "content": "The river"}])
 
 
 class TestEncoderDecoder(LanguageModelSuite):
@@ -360,7 +363,7 @@ def test_the_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> No
 
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 2}
     if family.endswith("T5"):
-        sizes |= {"d_kv": 10, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+        sizes |= {"d_kv": 10, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     else:
         sizes |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40}
         sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "max_position_embeddings": 64}

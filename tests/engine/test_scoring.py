@@ -155,3 +155,21 @@ def test_batches_hold_every_index_once_within_the_limit() -> None:
     batches = list(scoring._batches(lengths, scoring._BATCH_TOKENS))
     assert sorted(itertools.chain(*batches)) == list(range(50))
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= scoring._BATCH_TOKENS for batch in batches)
+
+
+@pytest.mark.peer
+def test_scores_of_greedy_output_are_the_transition_scores_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(helpers.save(tmp_path), dtype=torch.float32).eval()
+    ids = torch.tensor([helpers.prompt(9)])
+    for count in (1, 7):  # the last token predicts nothing: exactly `count` terms
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, min_new_tokens=count,
+            eos_token_id=None, output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        steps = theirs.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)[0].tolist()
+        completion = out.sequences[0, 9:].tolist()
+        (score,) = score_completions(PackedForward(helpers.model()), [(ids[0].tolist(), completion)])
+        assert score.token_logprobs == pytest.approx(steps, abs=1e-4)
+        assert len(score.token_logprobs) == count
+        assert score.is_greedy

@@ -22,6 +22,7 @@ from gristmill.core import LogitsProcessor, Prompt, RequestOutput, SamplingParam
 from gristmill.engine import encoder_decoder
 from gristmill.engine.choosing import Chooser
 from gristmill.engine.constraints.processor import Constraints
+from gristmill.engine.handover import Blocks, Handover, export_completion, restore_completion
 from gristmill.engine.memory.block_pool import BlockPool, salt
 from gristmill.engine.memory.paged_cache import Chunk
 from gristmill.engine.memory.sources import SourcePool
@@ -184,6 +185,46 @@ class Engine:
         for completion in request.completions if request else ():
             if completion.finish_reason is None:
                 self._leave(completion)
+
+    def export(self, request_id: str) -> Handover:
+        """Take a request that has its first token out of this engine, with its keys and values, for another's `adopt`.
+
+        Raises RequestError for an unknown or finished request, one of several completions, or one without a token yet.
+        """
+        request = self._requests.get(request_id)
+        if request is None or self.pair is not None:
+            why = "is not here" if request is None else "reads an encoder, whose states do not travel"
+            raise RequestError(f"request {request_id!r} {why}", field="request_id")
+        completion, size = request.completions[0], self.pool.block_size
+        table = completion.block_table[: self.pool.blocks_for(completion.num_computed_tokens)]
+        blocks = Blocks(completion.num_computed_tokens, size, self.runner.read_blocks(table))
+        handover = export_completion(completion, self.clock(), blocks)
+        self.abort(request_id)
+        return handover
+
+    def can_adopt(self, handover: Handover) -> bool:
+        """Whether a seat and blocks are free for a request of another engine."""
+        return self.scheduler.has_room(handover.blocks.num_blocks)
+
+    def adopt(self, handover: Handover) -> str:
+        """Go on with a request of another engine of the same model and options, as that would have; returns its id.
+
+        Raises RequestError as `add` does, when the blocks are not of such an engine, and when there is no room.
+        """
+        handover.blocks.check(self.runner, self.pool)
+        if self.pair is not None or not self.can_adopt(handover):
+            raise RequestError("no seat or blocks are free: ask can_adopt, and step until there are", field="blocks")
+        params, standing = handover.params_here(), handover.standing_here(self.clock())
+        request_id = self.add(handover.prompt_ids, params, request_id=handover.request_id, standing=standing)
+        completion = self._requests[request_id].completions[0]
+        restore_completion(completion, handover)
+        if completion.finish_reason is not None:
+            self.scheduler.remove(self._requests.pop(request_id).completions[0])
+            raise RequestError(f"the context of {self.max_model_len} leaves no room", field="max_model_len")
+        self.scheduler.adopt(completion, handover.blocks.num_blocks)
+        self.runner.write_blocks(completion.block_table, handover.blocks.data)
+        self.scheduler.computed(completion, handover.blocks.num_tokens)
+        return request_id
 
     @torch.inference_mode()
     def step(self, *, finished_only: bool = False) -> list[RequestOutput]:

@@ -8,7 +8,7 @@ Source: Zhong et al. 2024 (DistServe); Patel et al. 2024 (Splitwise).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,7 +91,11 @@ class Handover:
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
-    standing: Standing
+    priority: int
+    user: str
+    deadline_in: float | None
+    """Seconds from the export on."""
+    cache_root: bytes | None
     output_ids: list[int]
     logprobs: list[dict[int, Logprob]]
     prompt_logprobs: list[dict[int, Logprob] | None]
@@ -100,10 +104,19 @@ class Handover:
     """Seconds since the request was added."""
     blocks: Blocks = field(repr=False)
 
+    def params_here(self) -> SamplingParams:
+        """The parameters, with the seed that the first engine drew where none was given."""
+        return replace(self.params, seed=self.seed)
 
-def export_completion(completion: Completion, standing: Standing, elapsed: float, blocks: Blocks) -> Handover:
-    """All that another engine needs. Raises RequestError for a request that cannot go: one of several completions, or
-    one that has no token yet."""
+    def standing_here(self, now: float) -> Standing:
+        """The standing on a clock that shows `now`."""
+        deadline = None if self.deadline_in is None else now + self.deadline_in
+        return Standing(priority=self.priority, deadline=deadline, user=self.user)
+
+
+def export_completion(completion: Completion, now: float, blocks: Blocks) -> Handover:
+    """All that another engine needs; `now` is on the engine's clock. Raises RequestError for a request that cannot go:
+    one of several completions, or one that has no token yet."""
     request = completion.request
     if request.params.n > 1:
         raise RequestError("a request of several completions is not handed over: send it n times", field="n")
@@ -115,12 +128,15 @@ def export_completion(completion: Completion, standing: Standing, elapsed: float
         prompt_ids=request.prompt_ids,
         params=request.params,
         seed=request.seed,
-        standing=standing,
+        priority=completion.priority,
+        user=completion.user,
+        deadline_in=None if completion.deadline is None else completion.deadline - now,
+        cache_root=completion.cache_root,
         output_ids=list(completion.output_ids),
         logprobs=list(completion.logprobs),
         prompt_logprobs=list(request.prompt_logprobs),
         num_cached_tokens=completion.num_cached_tokens,
-        elapsed=elapsed,
+        elapsed=now - request.arrived_at,
         blocks=blocks,
     )
 
@@ -131,5 +147,6 @@ def restore_completion(completion: Completion, handover: Handover) -> None:
     completion.request.prompt_logprobs = list(handover.prompt_logprobs)
     completion.logprobs = list(handover.logprobs)
     for token in handover.output_ids:
-        completion.append(token, probability=1.0)  # none of them ended it
-    completion.num_cached_tokens = handover.num_cached_tokens
+        completion.append(token, probability=1.0)  # where it came from, none of them ended it
+    completion.stopper.backdate(handover.elapsed)
+    completion.num_cached_tokens, completion.cache_root = handover.num_cached_tokens, handover.cache_root

@@ -83,7 +83,7 @@ def prepare(
     kv_dtype = KV_DTYPES[kv_cache_dtype or ("bfloat16" if fewer_bits else "float32")]
     if isinstance(built, EncoderDecoder):
         return Prepared(built, tokenizer, _pair(built, kv_dtype), "PyTorch, for an encoder reads the prompts", False)
-    kind = {None: dtype, "int8": "int8", "w8a8": "int8", "int4": "int4"}[quantization]
+    kind = {None: dtype, "int8": "int8_weights", "w8a8": "int8", "int4": "int4"}[quantization]
     refusal = _native_refusal(built, kind, kv_dtype) if fast_kernels else "fast_kernels is off"
     if refusal is None:
         return Prepared(built, tokenizer, _native(built, cast(Kind, kind), kv_dtype), f"native {kind}", True)

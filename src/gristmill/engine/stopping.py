@@ -66,6 +66,10 @@ class Stopper:
         """Whether `check` wants the probability of each token."""
         return self._params.stop_below_probability > 0
 
+    def backdate(self, seconds: float) -> None:
+        """Count the time from so much earlier on: the completion began elsewhere."""
+        self._begin -= seconds
+
     def check(self, output_ids: Sequence[int], probability: float | None = None) -> Stop | None:
         """Why the completion ends with the last of `output_ids`, or None. probability: the model's of that token."""
         params, length = self._params, len(output_ids)

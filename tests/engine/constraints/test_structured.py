@@ -70,7 +70,9 @@ def schemas() -> st.SearchStrategy[Any]:
         st.builds(
             lambda low, more: {"type": "string", "minLength": low, "maxLength": low + more}, *[st.integers(0, 9)] * 2
         ),
-        st.lists(st.one_of(short, st.integers(), st.booleans()), min_size=1, max_size=4).map(lambda v: {"enum": v}),
+        st.lists(st.one_of(short, st.integers(-(2**53), 2**53), st.booleans()), min_size=1, max_size=4).map(
+            lambda v: {"enum": v}
+        ),
         st.builds(
             lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more},
             st.integers(-50, 50),
@@ -319,6 +321,7 @@ def test_white_space_is_bounded(schema: Any) -> None:
         ({"json_schema": {"$ref": "#/$defs/no"}}, "structured.json_schema", "/$defs/no"),
         ({"json_schema": {"const": float("nan")}}, "structured.json_schema", "not JSON"),
         ({"json_schema": {"x-guidance": {}}}, "structured.json_schema", "x-guidance"),
+        ({"json_schema": {"enum": [2**53 + 1]}}, "structured.json_schema", "2**53"),
         ({"json_schema": {"enum": []}}, "structured.json_schema", "refused"),
         ({"json_schema": {"type": "object", "minProperties": 2}}, "structured.json_schema", "minProperties"),
         ({"json_schema": {"$defs": {"r": {"type": "array", "items": {"$ref": "#/$defs/r"}, "minItems": 1}},

@@ -104,7 +104,7 @@ def _schema(field: str, given: Mapping[str, Any] | str | None) -> Any:
 def _json_form(field: str, schema: Any, compact: bool) -> Form:
     if not isinstance(schema, Mapping) or "x-guidance" in schema:
         raise RequestError(f"{field} must be an object without x-guidance, got {schema!r:.60}", field=field)
-    _refuse_repeated_keys(field, schema)
+    _refuse_what_is_not_kept(field, schema)
     white: dict[str, Any] = {"whitespace_flexible": False} if compact else {"whitespace_pattern": _WHITE_SPACE}
     try:
         text = _limited(field, json.dumps({**schema, "x-guidance": white}, allow_nan=False))
@@ -116,8 +116,11 @@ def _json_form(field: str, schema: Any, compact: bool) -> Form:
     return Form(field, f"{_HEADER}start: %json {text}", detour=detour, free_strings=free, blanks=False)
 
 
-def _refuse_repeated_keys(field: str, schema: Any) -> None:
-    """Keys that the schema does not name may come twice, and the JSON then has fewer properties than were written."""
+def _refuse_what_is_not_kept(field: str, schema: Any) -> None:
+    """Keys that the schema does not name may come twice, and the JSON then has fewer properties than were written; the
+    library reads whole numbers as floating-point ones."""
+    if isinstance(schema, int) and abs(schema) > 1 << 53:
+        raise RequestError(f"{field}: {schema} is beyond 2**53, where whole numbers are not exact", field=field)
     if isinstance(schema, Mapping):
         fewest = schema.get("minProperties", 0)
         if isinstance(fewest, int) and fewest > 1 and schema.get("additionalProperties") is not False:
@@ -127,9 +130,9 @@ def _refuse_repeated_keys(field: str, schema: Any) -> None:
                 field=field,
             )
         schema = list(schema.values())
-    if isinstance(schema, list):
+    if isinstance(schema, list | tuple):
         for item in schema:
-            _refuse_repeated_keys(field, item)
+            _refuse_what_is_not_kept(field, item)
 
 
 def _regex_form(field: str, regex: str) -> Form:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.engine.native import build
-from gristmill.engine.native.linear import Kind, LinearStruct, NativeLinear, allocate, of_kind
+from gristmill.engine.native.linear import Int8Only, Kind, LinearStruct, NativeLinear, allocate, of_kind
 from gristmill.model.attention.layer import Attention
 from gristmill.model.block import Block
 from gristmill.model.config import ModelConfig
 from gristmill.model.feedforward import FeedForward
 from gristmill.model.int8 import Int8Linear
 from gristmill.model.norm import RMSNorm
-from gristmill.model.quantised.linear import Int4Linear, Int8WeightLinear, weight_of
+from gristmill.model.quantised.linear import Int4Linear, Int8WeightLinear, QuantisedLinear, weight_of
+from gristmill.model.quantised.weights import Weight
 from gristmill.model.transformer import Transformer
 
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -183,12 +184,19 @@ class _Packing:
                 kind = "int8"
             packed = NativeLinear(of_kind(layer.weight, kind, self.group_size), layer.bias)
         else:
-            packed = layer if isinstance(layer, NativeLinear) else NativeLinear(weight_of(layer), layer.bias)
+            packed = layer if isinstance(layer, NativeLinear) else NativeLinear(self.quantised(layer), layer.bias)
         if self.release:
             setattr(owner, name, packed)
         self.held.append(packed)
         self.bytes += packed.packed.memory.nbytes
         return packed.packed.struct
+
+    def quantised(self, layer: QuantisedLinear) -> Weight:
+        """The matrix of a layer, of the type that says whether activations are rounded: with int4 they all are."""
+        weight = weight_of(layer)
+        if isinstance(layer, Int8WeightLinear) and self.kind != "int4":
+            return Int8Only(layer.quantised, layer.scale)
+        return weight
 
     def norm(self, norm: nn.Module | None) -> int | None:
         """Where the factors of a norm are, in float32; None without a norm."""

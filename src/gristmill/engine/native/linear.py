@@ -1,7 +1,8 @@
-"""Linear layers whose weights are packed for the native kernels: float32, bfloat16, int8 and int4.
+"""Linear layers whose weights are packed for the native kernels: float32, bfloat16, int8, int4 and int8_weights.
 
 int8 multiplies weights of one scale per output channel with activations rounded to eight bits, one scale per token:
-the same whole numbers as `gristmill.model.int8.Int8Linear`. int4 has a scale per group of inputs, for the weights and
+the same whole numbers as `gristmill.model.int8.Int8Linear`. int8_weights multiplies them with float32 activations as
+they are, like `gristmill.model.quantised.linear.Int8WeightLinear`. int4 has a scale per group of inputs, for the weights and
 for the activations of each token.
 """
 
@@ -20,12 +21,16 @@ from gristmill.engine.native.build import require_native_library
 from gristmill.errors import CheckpointError, RequestError, closest
 from gristmill.model.quantised.weights import GROUP_SIZES, Int4Weight, Int8Weight, Weight, round_to_nearest
 
-Kind = Literal["float32", "bfloat16", "int8", "int4"]
+Kind = Literal["float32", "bfloat16", "int8", "int4", "int8_weights"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_FLOAT32, _BFLOAT16, _INT8, _INT4, _FLOAT16 = range(5)  # enum Kind of kernels/linear.h
+_FLOAT32, _BFLOAT16, _INT8, _INT4, _INT8_WEIGHTS, _FLOAT16 = range(6)  # enum Kind of kernels/linear.h
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
+
+
+class Int8Only(Int8Weight):
+    """int8 weights whose product is with activations that are not rounded: what kind int8_weights packs."""
 
 
 class LinearStruct(ctypes.Structure):
@@ -55,7 +60,7 @@ class PackedLinear:
 def of_kind(weight: Tensor, kind: Kind, group_size: int = 32) -> Tensor | Weight:
     """A floating weight (out, in) as a kind has it, rounded to nearest; `group_size` is for int4.
 
-    Raises RequestError for an unknown kind or group size, CheckpointError for int8 and int4 when a weight is not
+    Raises RequestError for an unknown kind or group size, CheckpointError for int8, int8_weights and int4 when a weight is not
     finite, and for int4 when groups do not divide the inputs.
     """
     if kind not in KINDS:
@@ -64,7 +69,10 @@ def of_kind(weight: Tensor, kind: Kind, group_size: int = 32) -> Tensor | Weight
         return weight.detach().to(torch.float32 if kind == "float32" else torch.bfloat16)
     if group_size not in GROUP_SIZES:
         raise RequestError(f"group_size {group_size} is not one of {GROUP_SIZES}", field="group_size")
-    return round_to_nearest(weight, 8 if kind == "int8" else 4, group_size)
+    rounded = round_to_nearest(weight, 4 if kind == "int4" else 8, group_size)
+    if kind == "int8_weights" and isinstance(rounded, Int8Weight):
+        return Int8Only(rounded.quantised, rounded.scale)
+    return rounded
 
 
 def packed_bytes(weight: Tensor | Weight, bias: Tensor | None = None) -> int:
@@ -84,7 +92,8 @@ def allocate(count: int) -> Tensor:
 
 
 def pack(weight: Tensor | Weight, bias: Tensor | None = None, memory: Tensor | None = None) -> PackedLinear:
-    """Pack a weight (out, in) on the CPU: a float32 or bfloat16 tensor, Int8Weight or Int4Weight. bias (out,).
+    """Pack a weight (out, in) on the CPU: a float32 or bfloat16 tensor, Int8Weight, Int8Only or Int4Weight.
+    bias (out,).
 
     memory: uint8 (packed_bytes,) aligned to 64 to write to, part of a larger one perhaps; None allocates.
     Raises CheckpointError for another type, a shape that does not fit, or memory too small; NativeUnavailable.
@@ -155,7 +164,9 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _describe(weight: Tensor | Weight, bias: Tensor | None) -> LinearStruct:
     """The layer without its pointers. Raises CheckpointError for what cannot be packed."""
     kind, group, scale_type = _INT8, 0, _FLOAT32
-    if isinstance(weight, Int4Weight):
+    if isinstance(weight, Int8Only):
+        kind = _INT8_WEIGHTS
+    elif isinstance(weight, Int4Weight):
         kind, group, scale_type = _INT4, weight.group_size, _shortest(weight.scale)
         if group % 8 or group * weight.scale.shape[1] != weight.shape[1]:
             raise CheckpointError(f"int4: {weight.shape[1]} inputs with {weight.scale.shape[1]} scales a row")

@@ -105,6 +105,16 @@ class Scheduler:
         self.running.append(child)
         return True
 
+    def has_room(self, blocks: int) -> bool:
+        """Whether another sequence with so many blocks can run now."""
+        return len(self.running) < self.max_num_seqs and blocks <= self.pool.num_free
+
+    def adopt(self, sequence: Sequence, blocks: int) -> None:
+        """Let a waiting sequence run in so many new blocks, which the caller fills with what was computed elsewhere."""
+        self.waiting.remove(sequence)
+        sequence.block_table = self.pool.take(blocks)
+        self.running.append(sequence)
+
     def computed(self, sequence: Sequence, num_computed_tokens: int) -> None:
         """Record how far a sequence is computed; blocks that became full can be found by others from now on."""
         sequence.num_computed_tokens = num_computed_tokens

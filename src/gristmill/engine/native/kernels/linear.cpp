@@ -40,6 +40,15 @@ GRISTMILL_INLINE Ints dot4(Ints acc, Words w, Ints x) {
 
 GRISTMILL_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
+// 16 signed bytes as float32.
+GRISTMILL_INLINE Floats load_int8(const char* from) {
+#if defined(GRISTMILL_AVX512)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#else
+    return __builtin_convertvector(load<Bytes>(from), Floats);
+#endif
+}
+
 GRISTMILL_INLINE Floats load_scales(const Linear& l, const char* from) {
     if (l.scale_type == FLOAT32) return load<Floats>(from);
     return l.scale_type == FLOAT16 ? load_float16((const uint16_t*)from) : load_bfloat16((const uint16_t*)from);
@@ -111,6 +120,24 @@ GRISTMILL_INLINE void tile_int8(const Linear& l, const char* w, const Rows& x, c
 }
 
 template <int R>
+GRISTMILL_INLINE void tile_int8_weights(const Linear& l, const char* w, const Rows& x, const char* xs,
+                                        const float* scales, Ahead ahead, Floats (&sums)[R][2]) {
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = Floats{};
+    for (long k = 0; k < l.in; k++, w += PANEL, xs += 4) {
+        const Floats w0 = load_int8(w), w1 = load_int8(w + LANES);
+        if (k % 4 == 0) ahead.next();
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            const Floats v = splat(load<float>(xs + r * x.stride));
+            sums[r][0] += w0 * v;
+            sums[r][1] += w1 * v;
+        }
+    }
+    const Floats s0 = load<Floats>(scales), s1 = load<Floats>(scales + LANES);
+    for (int r = 0; r < R; r++) sums[r][0] *= s0, sums[r][1] *= s1;
+}
+
+template <int R>
 GRISTMILL_INLINE void tile_int4(const Linear& l, const char* w, const Rows& x, const char* xs, const float* row_scales,
                                 const int32_t* starts, Ahead ahead, Floats (&sums)[R][2]) {
     const long groups = groups_of(l);
@@ -150,6 +177,7 @@ void tile(const Linear& l, long panel, const Rows& x, long row, Ahead ahead, flo
     switch (l.kind) {
         case FLOAT32: tile_float32<R>(l, w, x, xs, ahead, sums); break;
         case BFLOAT16: tile_bfloat16<R>(l, w, x, xs, ahead, sums); break;
+        case INT8_WEIGHTS: tile_int8_weights<R>(l, w, x, xs, l.scales + panel * PANEL, ahead, sums); break;
         case INT8:
             tile_int8<R>(l, w, x, xs, l.scales + panel * PANEL, x.scales + row, x.sums + row, ahead, sums);
             break;

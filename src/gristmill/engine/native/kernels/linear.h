@@ -1,9 +1,10 @@
-// Linear layers with packed weights: float32, bfloat16, int8 and int4.
+// Linear layers with packed weights: float32, bfloat16, int8 (with rounded activations or as they are) and int4.
 //
 // Weights lie in panels of 32 output channels, along the input inside a panel, so that one row of activations streams
 // them once from memory and many rows run a register-tiled product. Activations and outputs are float32 between layers;
 // `Rows` holds activations in the form that a kind of weights multiplies with:
 //   float32, bfloat16: the number itself, rounded to the kind;
+//   int8_weights: the number itself, in float32;
 //   int8: round(x / scale) with scale = max |x| / 127 of the row;
 //   int4: the same per group of the row.
 // The order of additions is fixed by the layer alone: a row's result does not depend on the rows beside it, nor on the
@@ -17,7 +18,7 @@
 
 namespace gristmill {
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4 };
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, INT8_WEIGHTS = 4, FLOAT16 = 5 };
 
 constexpr int PANEL = 32;  // output channels of a panel: two vectors
 
@@ -28,7 +29,7 @@ struct Linear {
     int32_t scale_type;   // int4: how its scales are kept, FLOAT32, BFLOAT16 or FLOAT16
     int32_t has_bias;
     const void* weights;
-    const float* scales;  // int8: (out), padded to whole panels
+    const float* scales;  // int8, int8_weights: (out), padded to whole panels
     const float* bias;    // (out), padded to whole panels; null without one
 };
 
@@ -42,7 +43,7 @@ size_t panel_bytes(const Linear& linear);
 void place(Linear& linear, const void* packed);
 
 // Fill `packed`, where `linear` was placed, from a canonical weight:
-//   float32 (out, in); bfloat16 (out, in); int8 (out, in) with scales (out);
+//   float32 (out, in); bfloat16 (out, in); int8 and int8_weights: int8 (out, in) with scales (out);
 //   int4 (out, (in + 1) / 2) two in a byte, low nibble first, value + 8, with scales (out, ceil(in / group)).
 // `bias` (out) where has_bias. Scales are float32; for int4 they must be numbers that scale_type holds.
 void pack(const Linear& linear, const void* weight, const float* scales, const float* bias, void* packed, int thread,

@@ -1,5 +1,6 @@
 // The canonical weight of a layer, laid out in panels. A panel is a sequence of vectors, one 4-byte unit for each of
 // its channels: one float32, two bfloat16, four int8 (as value + 128) or eight int4 (the first four in low nibbles).
+// int8_weights has one byte for each channel instead, input after input.
 #include "linear.h"
 
 namespace gristmill {
@@ -16,6 +17,11 @@ void pack_units(const char* row, long bytes, uint32_t flip, uint32_t* panel) {
         std::memcpy(&unit, row + at, bytes - at < 4 ? bytes - at : 4);
         *panel = unit ^ flip;
     }
+}
+
+// One channel of int8_weights; what is beyond the row is zero.
+void pack_bytes(const int8_t* row, long count, int8_t* panel) {
+    for (long k = 0; k < round_up(count, 2); k++) panel[k * PANEL] = k < count ? row[k] : 0;
 }
 
 uint16_t to_half(float x) {  // x is a number that float16 holds
@@ -42,6 +48,8 @@ void pack_int4(const Linear& l, const uint8_t* row, const float* scales, int cha
     }
 }
 
+bool scaled_by_channel(const Linear& l) { return l.kind == INT8 || l.kind == INT8_WEIGHTS; }
+
 }  // namespace
 
 size_t panel_bytes(const Linear& l) {
@@ -49,26 +57,27 @@ size_t panel_bytes(const Linear& l) {
         case FLOAT32: return (size_t)l.in * PANEL * 4;
         case BFLOAT16: return (size_t)(l.in + 1) / 2 * PANEL * 4;
         case INT8: return (size_t)(l.in + 3) / 4 * PANEL * 4;
+        case INT8_WEIGHTS: return (size_t)round_up(l.in, 2) * PANEL;  // whole lines of 64 bytes
         default: return (size_t)groups_of(l) * PANEL * (l.group / 2 + scale_bytes(l));
     }
 }
 
 size_t packed_bytes(const Linear& l) {
-    const size_t vectors = (l.kind == INT8) + (l.has_bias != 0);
+    const size_t vectors = scaled_by_channel(l) + (l.has_bias != 0);
     return panels_of(l) * (panel_bytes(l) + vectors * PANEL * 4);
 }
 
 void place(Linear& l, const void* packed) {
     const float* next = (const float*)((const char*)packed + panels_of(l) * panel_bytes(l));
     l.weights = packed;
-    l.scales = l.kind == INT8 ? next : nullptr;
+    l.scales = scaled_by_channel(l) ? next : nullptr;
     l.bias = l.has_bias ? next + (l.scales ? panels_of(l) * PANEL : 0) : nullptr;
 }
 
 void pack(const Linear& l, const void* weight, const float* scales, const float* bias, void* packed, int thread,
           int threads) {
     const Share share(panels_of(l), thread, threads);
-    const long sizes[] = {l.in * 4L, l.in * 2L, l.in, (l.in + 1) / 2};
+    const long sizes[] = {l.in * 4L, l.in * 2L, l.in, (l.in + 1) / 2, l.in};
     for (long channel = share.begin * PANEL; channel < share.end * PANEL; channel++) {
         char* panel = (char*)packed + channel / PANEL * panel_bytes(l);
         const bool padding = channel >= l.out;  // channels that pad the last panel repeat the last one
@@ -76,6 +85,8 @@ void pack(const Linear& l, const void* weight, const float* scales, const float*
         const char* row = (const char*)weight + source * sizes[l.kind];
         if (l.kind == INT4) {
             pack_int4(l, (const uint8_t*)row, scales + source * groups_of(l), channel % PANEL, panel);
+        } else if (l.kind == INT8_WEIGHTS) {
+            pack_bytes((const int8_t*)row, l.in, (int8_t*)panel + channel % PANEL);
         } else {
             pack_units(row, sizes[l.kind], l.kind == INT8 ? 0x80808080 : 0, (uint32_t*)panel + channel % PANEL);
         }

@@ -7,8 +7,6 @@
 namespace gristmill {
 namespace {
 
-typedef int8_t Bytes __attribute__((vector_size(16)));
-
 // The first `count` of 16 floats; zeros after them.
 GRISTMILL_INLINE Floats load_part(const float* from, long count) {
     if (count >= LANES) return load<Floats>(from);
@@ -61,7 +59,8 @@ long groups_of(const Rows& x) { return x.kind == INT4 ? (x.in + x.group - 1) / x
 
 long row_bytes(const Linear& l) {
     switch (l.kind) {
-        case FLOAT32: return l.in * 4L;
+        case FLOAT32:
+        case INT8_WEIGHTS: return l.in * 4L;
         case BFLOAT16: return round_up(l.in, 2) * 2;
         case INT8: return round_up(l.in, 4);
         default: return round_up(l.in, l.group);
@@ -89,7 +88,8 @@ size_t rows_bytes(const Linear& l, long rows) {
 void prepare_row(const Rows& into, long row, const float* x) {
     char* to = into.values + row * into.stride;
     switch (into.kind) {
-        case FLOAT32: std::memcpy(to, x, into.in * 4L); break;
+        case FLOAT32:
+        case INT8_WEIGHTS: std::memcpy(to, x, into.in * 4L); break;
         case BFLOAT16: {
             uint16_t* halves = (uint16_t*)to;
             for (long k = 0; k < into.in; k++) halves[k] = to_bf16(x[k]);
