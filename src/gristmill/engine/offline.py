@@ -245,7 +245,7 @@ def _model_digest(llm: LLM) -> str:
     """Of the names, sizes and both ends of the model's files, and of the weights' type."""
     path = resolve(llm.model_name)
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
-    digest = hashlib.sha256(str(llm.model.embed_tokens.weight.dtype).encode())
+    digest = hashlib.sha256(str(next(llm.network.parameters()).dtype).encode())
     for file in files:
         with file.open("rb") as handle:
             size = handle.seek(0, os.SEEK_END)

@@ -36,14 +36,18 @@ PARTS: dict[str, Callable[[Transformer, Ranks], Part]] = {
     "expert": ExpertPart,
 }
 MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=24, scoring="sigmoid", correction_bias=True)
-SHARING = tuple(LayerConfig(window=window, keys_from=source) for window, source in ((None, None), (6, None), (6, 1)))
+WINDOW = LayerConfig(window=6)
 MODELS: dict[str, tuple[str, Callable[[], Transformer]]] = {
     "tensor": ("tensor", tiny.model),
     "tensor, all features": ("tensor", lambda: seeded(Transformer(replace(EVERYTHING, vocab_size=300)))),
     "pipeline": ("pipeline", tiny.model),
     "pipeline, windows and shared keys": (
         "pipeline",
-        lambda: tiny.model(layers=(LayerConfig(), *SHARING), num_hidden_layers=4, tie_word_embeddings=False),
+        lambda: tiny.model(
+            layers=(LayerConfig(), WINDOW, WINDOW, replace(WINDOW, keys_from=2)),
+            num_hidden_layers=4,
+            tie_word_embeddings=False,
+        ),
     ),
     "expert": ("expert", lambda: lopsided(tiny.model(feed_forward=FeedForwardConfig(moe=MOE)))),
 }
@@ -217,7 +221,7 @@ def test_what_cannot_be_split_is_refused_by_name() -> None:
         ExpertPart(tiny.model(), ranks)
     with pytest.raises(GristmillError, match="more than the model's 3 layers"):
         PipelinePart(tiny.model(), replace(ranks, size=4))
-    shared = tiny.model(layers=SHARING)
+    shared = tiny.model(layers=(LayerConfig(), WINDOW, replace(WINDOW, keys_from=1)))
     with pytest.raises(GristmillError, match="keys_from"):
         PipelinePart(shared, replace(ranks, size=3))
 
