@@ -7,7 +7,7 @@ Nothing here imports torch, so `import gristmill` stays light.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, cast, runtime_checkable
@@ -202,13 +202,22 @@ class SamplingParams:
             need("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")
         need("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
         need("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more")
+        for name in _FLAGS:
+            need(name, isinstance(getattr(self, name), bool), "True or False")
+        stops = isinstance(self.stop, str | Sequence | None) and not isinstance(self.stop, bytes)
+        need("stop", stops and all(isinstance(stop, str) for stop in self.stop_strings), "a text or a list of texts")
         need("stop", all(self.stop_strings), "without empty strings")
+        need("stop_token_ids", isinstance(self.stop_token_ids, Iterable | None), "a list of token ids")
+        biases = self.logit_bias.values() if isinstance(self.logit_bias, Mapping) else ()
+        need("logit_bias", isinstance(self.logit_bias, Mapping | None), "of token ids and numbers")
+        need("logit_bias", all(isinstance(bias, Real) for bias in biases), "of token ids and numbers")
         need("structured", isinstance(self.structured, StructuredOutput | None), "a StructuredOutput")
         need("typical_p", 0.0 < self.typical_p <= 1.0, "in (0, 1]")
         need("epsilon_cutoff", 0.0 <= self.epsilon_cutoff < 1.0, "in [0, 1)")
         need("eta_cutoff", 0.0 <= self.eta_cutoff < 1.0, "in [0, 1)")
         need("top_n_sigma", 0.0 <= self.top_n_sigma < float("inf"), "0 (off) or more")
         need("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more")
+        need("bad_words", isinstance(self.bad_words, Iterable | None), "a list of texts or lists of token ids")
         texts_or_ids = all(isinstance(word, str) or _are_ids(word) for word in self.bad_words or ())
         need("bad_words", texts_or_ids and not isinstance(self.bad_words, str), "a list of texts or lists of token ids")
         need("bad_words", all(len(word) > 0 for word in self.bad_words or ()), "without empty ones")
@@ -280,6 +289,7 @@ class SamplingParams:
 
 
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed", "max_time", "max_flops", "thinking_budget")
+_FLAGS = ("temperature_last", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _WHOLE = (
     *("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed", "no_repeat_ngram_size"),
     *("thinking_budget", "min_thinking_tokens", "think_waits"),

@@ -25,7 +25,6 @@ from gristmill.core import LanguageModel, Prompt, RequestOutput, SamplingParams
 from gristmill.engine.encoder_decoder import generation_flops
 from gristmill.engine.engine import Engine
 from gristmill.engine.llm import LLM
-from gristmill.engine.memory.block_pool import ROOT
 from gristmill.engine.request import Standing
 from gristmill.engine.search.beam import BeamSearchParams
 from gristmill.engine.speculation.ngram import NgramProposer
@@ -163,8 +162,16 @@ def test_what_is_known_of_a_source_stays_with_its_salt_and_with_the_source() -> 
             target.abort(request)
         assert runs == [9, 9]
     decoded = [2, *plain("t5", source, 8)]
-    assert target.pool.num_cached > 0
-    assert target.pool.match(decoded, ROOT, 8)[0] == []  # other sources would make other keys of the same tokens
+
+    def known(of: list[int], salt: str | None) -> int:
+        request = target.add(of, greedy(), standing=Standing(cache_salt=salt))
+        root = target.scheduler.waiting[0].cache_root
+        target.abort(request)
+        assert root is not None
+        return len(target.pool.match(decoded, root, 8)[0])
+
+    # what the decoder computed of the same tokens is another source's, or another tenant's
+    assert [known(source, "a"), known(source, "c"), known(source, None), known(prompt(9, seed=1), "a")] == [4, 0, 0, 0]
 
 
 def test_completions_share_the_blocks_of_their_source() -> None:
@@ -316,6 +323,7 @@ def test_embeddings_are_means_of_encoder_states(llm: LLM) -> None:
 
 def test_what_does_not_go_with_an_encoder_is_refused_in_a_sentence(llm: LLM, tmp_path: Path) -> None:
     assert "encoder" in llm.path
+    assert llm.room_after(prompt(9)) == llm.max_model_len - 1
     with pytest.raises(RequestError, match="no probabilities") as caught:
         llm.generate("The river", greedy(prompt_logprobs=1))
     assert caught.value.field == "prompt_logprobs"

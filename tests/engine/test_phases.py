@@ -11,6 +11,7 @@ import torch
 from engine import helpers
 from gristmill.core import SamplingParams
 from gristmill.engine.engine import Engine
+from gristmill.engine.llm import LLM
 from gristmill.engine.memory.paged_cache import Chunk
 from gristmill.engine.request import Standing
 from gristmill.engine.runner import TorchRunner
@@ -194,3 +195,15 @@ def test_log_probabilities_of_engine_and_trainer_are_the_same_bits() -> None:
     assert math.isclose(
         score.logprob, -float(torch.nn.functional.cross_entropy(logits, following, reduction="sum")), rel_tol=1e-5
     )
+
+
+def test_a_request_that_comes_again_word_for_word_computes_nothing(tmp_path: Path) -> None:
+    llm = LLM(helpers.save(tmp_path), fast_kernels=False, response_cache=4)
+    (first,) = llm.generate("The river", helpers.greedy(max_tokens=5))
+    steps = llm.engine.metrics.steps
+    (again,) = llm.generate(first.prompt_token_ids, helpers.greedy(max_tokens=5))
+    assert llm.engine.metrics.steps == steps
+    assert again.outputs[0].token_ids == first.outputs[0].token_ids
+    assert (again.prompt, again.request_id) != (first.prompt, first.request_id)
+    llm.generate("The river", helpers.greedy(max_tokens=6))
+    assert llm.engine.metrics.steps > steps

@@ -13,6 +13,7 @@ from gristmill.core import AttentionRule
 from gristmill.errors import CheckpointError
 from gristmill.model.attention.kernel import reference_attention, rule_attention
 from gristmill.model.config import LayerConfig
+from gristmill.model.memory import SequenceCache
 from model import tiny
 
 
@@ -89,3 +90,16 @@ def test_a_sink_takes_weight_and_gives_nothing() -> None:
     for sink, share in ((0.0, 0.5), (float("-inf"), 1.0)):
         found = rule_attention(query, key, value, AttentionRule(sinks=torch.tensor([sink])))
         assert torch.allclose(found, share * value)
+
+
+@pytest.mark.parametrize("window", [1, 4, 30, 99])
+@torch.inference_mode()
+def test_a_windowed_memory_never_holds_more_than_the_window(window: int) -> None:
+    model = tiny.model(layers=(LayerConfig(window=window),) * tiny.CONFIG.num_hidden_layers)
+    tokens, cache, rows = tiny.ids(30), SequenceCache(model.config), []
+    for part in tokens.split([5, 1, 1, 9, 14]):
+        rows.append(model.logits(model.hidden_states(part, cache.extend(len(part)), cache)))
+        assert all(key is not None and key.shape[1] <= window for key in cache.keys)
+    assert torch.allclose(torch.cat(rows), model(tokens), atol=1e-4)  # as if all had been kept, or computed again
+    if window >= 30:
+        assert torch.allclose(torch.cat(rows), tiny.model()(tokens), atol=1e-4)

@@ -52,7 +52,7 @@ def _turn(llm: LLM, config: Config, messages: list[Message], line: str, interact
         output = stream(
             llm.engine,
             ids,
-            config.params(room=llm.max_model_len - len(ids)).ending_at(llm.renderer.stop_token_ids),
+            config.params(room=llm.room_after(ids)).ending_at(llm.renderer.stop_token_ids),
             sys.stdout,
         )
     except GristmillError as error:

@@ -33,8 +33,8 @@ def run(config: Config) -> int:
         raise RequestError("the prompt is empty. Give one with --prompt TEXT, or --prompt - for standard input.")
     llm = LLM(config.model, **config.loading, seed=secrets.randbits(32))  # a seed that was asked for is the request's
     messages: list[Message] = [{"role": "user", "content": prompt}]
-    ids = llm.renderer.render_prompt(messages) if config.chat else llm.tokenizer.encode(prompt)
-    params = config.params(room=llm.max_model_len - len(ids))
+    ids = llm.renderer.render_prompt(messages) if config.chat else llm.engine.encode(prompt)
+    params = config.params(room=llm.room_after(ids))
     if config.chat:
         params = params.ending_at(llm.renderer.stop_token_ids)
     output = stream(llm.engine, ids, params, sys.stdout)

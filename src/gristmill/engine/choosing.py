@@ -20,14 +20,21 @@ from gristmill.tokens.tokenizer import Tokenizer
 class Chooser:
     """Chooses tokens for completions that are computed up to their last known token.
 
-    Completions of one step are told apart by slots, which they keep until `leave`.
+    Completions of one step are told apart by slots, which they keep until `leave`. own: the processor of requests that
+    ask for a form. processors: further ones, which concern every request.
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, vocab_size: int, processors: Sequence[LogitsProcessor]
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        own: LogitsProcessor,
+        processors: Sequence[LogitsProcessor],
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
-        self.sampler = Sampler(vocab_size, tokenizer, runner.device, processors)
+        self.sampler = Sampler(vocab_size, tokenizer, runner.device, (own, *processors))
+        self._plain_is_argmax = all(processor.is_argmax_invariant for processor in processors)
         self.model_seconds = 0.0
         """Of the last `choose`, the time the output head took: the model's, not the choice's."""
         self._free_slots: list[int] = []
@@ -68,7 +75,7 @@ class Chooser:
         selected = hidden if rows == list(range(len(hidden))) else hidden[rows]
         completions = [completion for completion, _ in ready]
         started = time.perf_counter()
-        if all(completion.request.is_plain for completion in completions):
+        if self._plain_is_argmax and all(completion.request.is_plain for completion in completions):
             best = self.runner.greedy(selected)
             self.model_seconds = time.perf_counter() - started
             return self._settle(completions, best, None)

@@ -7,7 +7,6 @@ thread owns an engine.
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import time
 import uuid
@@ -115,12 +114,13 @@ class Engine:
         )
         vocabulary = self.config.vocab_size
         own = Constraints(tokenizer, vocabulary, self.max_model_len)
-        self.chooser = Chooser(self.runner, tokenizer, vocabulary, (own, *processors))
+        self.chooser = Chooser(self.runner, tokenizer, vocabulary, own, processors)
         self.pacing, self.metrics, self.clock = Pacing(itl_stretch), EngineMetrics(), clock
         self.proposer: AdaptiveProposer | None = None
         if proposer is not None:
             self.speculate(proposer)
         self._requests: dict[str, Request] = {}
+        self._late: list[Completion] = []  # ended in a step that then failed
         self._numbers = itertools.count()
         self._seeds = torch.Generator().manual_seed(seed)
 
@@ -195,9 +195,8 @@ class Engine:
         if request is None or self.pair is not None:
             why = "is not here" if request is None else "reads an encoder, whose states do not travel"
             raise RequestError(f"request {request_id!r} {why}", field="request_id")
-        completion, size = request.completions[0], self.pool.block_size
-        table = completion.block_table[: self.pool.blocks_for(completion.num_computed_tokens)]
-        blocks = Blocks(completion.num_computed_tokens, size, self.runner.read_blocks(table))
+        completion = request.completions[0]
+        blocks = Blocks.of(self.runner, self.pool, completion.block_table, completion.num_computed_tokens)
         handover = export_completion(completion, self.clock(), blocks)
         self.abort(request_id)
         return handover
@@ -229,11 +228,22 @@ class Engine:
     @torch.inference_mode()
     def step(self, *, finished_only: bool = False) -> list[RequestOutput]:
         """Compute one batch. Returns the requests that advanced, each with all its output so far; with
-        `finished_only` only those that are done."""
+        `finished_only` only those that are done.
+
+        Whatever it raises (out of memory, a processor or proposer that fails), the next step goes on from the tokens
+        that stand then.
+        """
+        try:
+            return self._step(finished_only)
+        except BaseException:
+            self._requeue()
+            raise
+
+    def _step(self, finished_only: bool) -> list[RequestOutput]:
         started = time.perf_counter()
         scheduled = self._schedule()
         if not scheduled:
-            return []
+            return self._collect([], finished_only)
         planned = time.perf_counter()
         hidden = self._forward(scheduled)
         computed = time.perf_counter()
@@ -247,6 +257,17 @@ class Engine:
         chosen = time.perf_counter()
         self._measure(scheduled, drafted, planned - started, computed - planned + head, chosen - computed - head)
         return outputs
+
+    def _requeue(self) -> None:
+        """After a failure nothing is known of what the step computed: whatever runs is computed again."""
+        for sequence in list(self.scheduler.running):
+            completion = cast(Completion, sequence)
+            completion.draft = None
+            if completion.finish_reason is None:
+                self.scheduler.requeue(completion)
+            else:
+                self._leave(completion)
+                self._late.append(completion)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt; an encoder's text stands between the special tokens that the tokenizer puts around one.
@@ -297,8 +318,6 @@ class Engine:
             raise RequestError("the prompt is empty", field="prompt")
         self.token_ids("stop_token_ids", params.stop_token_ids or ())
         self.token_ids("logit_bias", params.logit_bias or ())
-        if bad := [bias for bias in (params.logit_bias or {}).values() if not bias < math.inf]:
-            raise RequestError(f"logit_bias {bad[0]} is not a finite number or -inf", field="logit_bias")
         if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
             raise RequestError(f"seed {params.seed} is no signed 64-bit number", field="seed")
         self.chooser.sampler.validate(params)
@@ -314,6 +333,13 @@ class Engine:
                 f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of "
                 f"{self.max_model_len}",
                 field="max_tokens",
+                code=code,
+            )
+        if len(ids) + params.min_tokens > self.max_model_len:
+            raise RequestError(
+                f"{len(ids)} prompt tokens and min_tokens {params.min_tokens} exceed the context of "
+                f"{self.max_model_len}",
+                field="min_tokens",
                 code=code,
             )
 
@@ -396,7 +422,9 @@ class Engine:
         return True
 
     def _choose(self, ready: list[tuple[Completion, int]], hidden: Tensor) -> None:
+        standing = sum(len(completion.output_ids) for completion, _ in ready)
         accepted = self.chooser.choose(ready, hidden)
+        self.metrics.generated_tokens += sum(len(completion.output_ids) for completion, _ in ready) - standing
         for (completion, _), count in zip(ready, accepted, strict=True):
             draft, completion.draft = completion.draft, None
             if draft is not None:
@@ -408,7 +436,6 @@ class Engine:
                     known = len(completion.token_ids) - 1
                     self.scheduler.computed(completion, min(completion.num_computed_tokens + count, known))
             if completion.finish_reason is not None:
-                self.metrics.generated_tokens += len(completion.output_ids)
                 self._leave(completion)
 
     def _leave(self, completion: Completion) -> None:
@@ -433,7 +460,11 @@ class Engine:
             )
 
     def _collect(self, advanced: list[Completion], finished_only: bool) -> list[RequestOutput]:
-        requests = dict.fromkeys(completion.request for completion in advanced)
+        late, self._late = self._late, []
+        present = self._requests.values() if late else ()  # one of them may have been aborted since
+        requests = dict.fromkeys(
+            [*(c.request for c in late if c.request in present), *(completion.request for completion in advanced)]
+        )
         for request in requests:
             if request.finished:
                 del self._requests[request.request_id]

@@ -28,6 +28,14 @@ class Blocks:
     block_size: int
     data: list[Tensor]
 
+    @classmethod
+    def of(cls, runner: Runner, pool: BlockPool, table: Sequence[int], num_tokens: int) -> Blocks:
+        """A copy of the first tokens of a block table; what lies behind them in the last block is not copied."""
+        data = runner.read_blocks(table[: pool.blocks_for(num_tokens)])
+        for x in data:
+            x[:, num_tokens:] = 0
+        return cls(num_tokens, pool.block_size, data)
+
     @property
     def num_blocks(self) -> int:
         """Whole blocks, of which the last may be filled in part."""

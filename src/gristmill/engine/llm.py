@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +14,7 @@ import torch
 from gristmill.core import Message, Prompt, RequestOutput, SamplingParams, Score
 from gristmill.engine import encoders, scoring
 from gristmill.engine.engine import Engine
+from gristmill.engine.memory.response_cache import ResponseCache
 from gristmill.engine.prepare import prepare, proposer_named
 from gristmill.engine.search.beam import BeamSearchParams, beam_search_batch
 from gristmill.engine.search.driver import SearchResult
@@ -32,8 +35,8 @@ class LLM:
     dtype: type of the weights, float32, bfloat16 or float16. quantization: keep the weights in fewer bits instead:
     "int8" (weights alone), "w8a8" (8-bit activations too: the fastest here), "int4".
     kv_cache_dtype: float32, bfloat16 or int8; None takes float32 for float32 weights, bfloat16 for others.
-    fast_kernels: compute steps in C++ compiled on first use, where the machine has a compiler and the model is of a kind it
-    knows; off gives the plain PyTorch path, equal up to rounding. `path` says which is taken, and why.
+    fast_kernels: compute steps in C++ compiled on first use, where the machine has a compiler and the model is of a
+    kind it knows; off gives the plain PyTorch path, equal up to rounding. `path` says which is taken, and why.
     speculation: "ngram" (prompt lookup), "early-exit:LAYERS" or the name of a smaller model with the same tokenizer.
     response_cache: how many answers to keep for requests that come again word for word.
     seed: makes unseeded sampling repeatable. Further keywords go to `Engine`.
@@ -87,8 +90,6 @@ class LLM:
         self.max_model_len = self.engine.max_model_len
         self._forward = prepared.forward(self.engine)
         if response_cache:
-            from gristmill.engine.memory.response_cache import ResponseCache
-
             self._answers = ResponseCache(response_cache)
 
     @property
@@ -113,10 +114,22 @@ class LLM:
 
     @property
     def renderer(self) -> JinjaRenderer:
-        """The chat renderer of the model's own template; made, and its template checked, on first use."""
+        """The chat renderer of the model's own template; made, and its template checked, on first use.
+
+        Raises RequestError for an encoder-decoder that has none: the usual one would be noise to it.
+        """
+        if self.engine.pair is not None and self.tokenizer.chat_template is None:
+            raise RequestError(
+                f"{self.model_name} is an encoder-decoder without a chat template: generate() takes its source texts",
+                field="messages",
+            )
         if self._renderer is None:
             self._renderer = JinjaRenderer(self.tokenizer)
         return self._renderer
+
+    def room_after(self, prompt_ids: Sequence[int]) -> int:
+        """Most tokens of an answer to a prompt."""
+        return self.max_model_len - (len(prompt_ids) if self.engine.pair is None else 1)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None
@@ -150,7 +163,11 @@ class LLM:
             return prompt
         ids = self.engine.encode(prompt)
         found = self._answers.get(self._answers.key(self.model_name, ids, params))
-        return prompt if found is None else found
+        if found is None:
+            return prompt
+        return dataclasses.replace(
+            found, request_id=uuid.uuid4().hex, prompt=prompt if isinstance(prompt, str) else None
+        )
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[list[SearchResult]]:
         """The best sequences that beam search finds after each prompt, best first, on the engine's block pool.
@@ -182,15 +199,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
-        """See `LanguageModel.chat`. The token that closes a turn ends the answer, unless `ignore_eos`.
-
-        Raises RequestError for an encoder-decoder whose tokenizer has no chat template.
-        """
-        if self.engine.pair is not None and self.tokenizer.chat_template is None:
-            raise RequestError(
-                f"{self.model_name} is an encoder-decoder without a chat template: generate() takes its source texts",
-                field="messages",
-            )
+        """See `LanguageModel.chat`. The token that closes a turn ends the answer, unless `ignore_eos`."""
         params = (sampling_params or SamplingParams()).ending_at(self.renderer.stop_token_ids)
         single = bool(messages) and isinstance(messages[0], dict)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)

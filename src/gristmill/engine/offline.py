@@ -160,7 +160,7 @@ def _add(llm: LLM, line: _Line, defaults: SamplingParams, seed: int) -> str:
     else:
         ids = _prompt_ids(llm, fields["prompt"])
     if unlike["max_tokens"] is not None:
-        unlike["max_tokens"] = min(unlike["max_tokens"], max(1, llm.max_model_len - len(ids)))
+        unlike["max_tokens"] = min(unlike["max_tokens"], max(1, llm.room_after(ids)))
     try:
         params = SamplingParams.from_dict({**unlike, **given})
     except (TypeError, ValueError, AttributeError) as error:  # a value of a type that no check expects
@@ -171,11 +171,9 @@ def _add(llm: LLM, line: _Line, defaults: SamplingParams, seed: int) -> str:
 
 
 def _prompt_ids(llm: LLM, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return llm.tokenizer.encode(prompt)
-    if not isinstance(prompt, list):
+    if not isinstance(prompt, str | list):
         raise DataError("prompt must be a text or a list of token ids")
-    return llm.engine.token_ids("prompt", prompt)
+    return llm.engine.encode(prompt)
 
 
 def _answer(output: RequestOutput) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from gristmill.model.config import ModelConfig
 class SequenceCache:
     """Keys, values and states of `rows` sequences of equal length. Call `extend` before each forward.
 
+    A layer with a window keeps no more than the tokens of the window, once a step is over.
+
     prefix_lengths (rows,): see `PackedAttention`; the prefix must lie in the first step.
     """
 
@@ -32,6 +34,7 @@ class SequenceCache:
         slots = max(config.cache_slots) + 1
         self.keys: list[Tensor | None] = [None] * slots
         self.values: list[Tensor | None] = [None] * slots
+        self._stored = [0] * slots  # tokens that each place has seen, of which a window may have dropped the first
         self.states: dict[int, Any] = {}
 
     def extend(self, tokens: int) -> Tensor:
@@ -58,15 +61,23 @@ class SequenceCache:
         query, key, value = (x.unflatten(0, (self.rows, self._new)) for x in (query, key, value))
         slot = self.config.cache_slots[layer]
         kept_key, kept_value = self.keys[slot], self.values[slot]
-        if kept_key is None or kept_value is None:
-            self.keys[slot], self.values[slot] = key, value
-        elif kept_key.shape[1] < self.length:  # otherwise a layer that shares this memory has stored it
-            self.keys[slot] = key = torch.cat((kept_key, key), dim=1)
-            self.values[slot] = value = torch.cat((kept_value, value), dim=1)
-        else:
-            key, value = kept_key, kept_value
-        start = self.length - self._new
-        return rule_attention(query, key, value, rule, query_start=start, prefix=self.prefix).flatten(0, 1)
+        if kept_key is not None and kept_value is not None:
+            if self._stored[slot] < self.length:
+                key, value = torch.cat((kept_key, key), dim=1), torch.cat((kept_value, value), dim=1)
+            else:  # a layer that shares this memory has stored them
+                key, value = kept_key, kept_value
+        self._stored[slot] = self.length
+        start = key.shape[1] - self._new
+        out = rule_attention(query, key, value, rule, query_start=start, prefix=self.prefix).flatten(0, 1)
+        if rule.window is not None and self._forgets(rule, slot):
+            key, value = key[:, -rule.window :], value[:, -rule.window :]
+        self.keys[slot], self.values[slot] = key, value
+        return out
+
+    def _forgets(self, rule: AttentionRule, slot: int) -> bool:
+        """True when no later token can see what lies before the window, and only distances matter."""
+        alone = self.config.cache_slots.count(slot) == 1
+        return alone and self.prefix is None and rule.pattern is None and rule.bias is None
 
     def recur(self, layer: int, mixer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor) -> Tensor:
         """See `KVCache.recur`."""

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.engine.native.build import native_library, native_refusal
-from gristmill.engine.native.linear import KINDS, Kind, NativeLinear, allocate, argmax_rows, of_kind, pack, packed_bytes
+from gristmill.engine.native.linear import (
+    KINDS,
+    Int8Only,
+    Kind,
+    NativeLinear,
+    allocate,
+    argmax_rows,
+    of_kind,
+    pack,
+    packed_bytes,
+)
 from gristmill.errors import CheckpointError, RequestError
 from gristmill.model.int8 import Int8Linear, quantise
 from gristmill.model.quantised.weights import Int4Weight, Int8Weight, round_to_nearest
@@ -87,6 +97,21 @@ def test_int8_equals_the_reference(build: str, out: int, inputs: int, rows: int,
     reference = Int8Linear(w, b)(x)
     assert layer.kind == "int8"
     assert torch.allclose(layer(x), reference, rtol=1e-6, atol=1e-6 * float(reference.abs().max()))
+
+
+@quick
+@given(out=sizes, inputs=sizes, rows=st.integers(1, 40), bias=st.booleans(), seed=st.integers(0, 99))
+def test_int8_weights_leave_activations_as_they_are(
+    build: str, out: int, inputs: int, rows: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    w, x, b = torch.randn(out, inputs), torch.randn(rows, inputs), torch.randn(out) if bias else None
+    weight = of_kind(w, "int8_weights")
+    assert isinstance(weight, Int8Only)
+    layer, dense = NativeLinear(weight, b), weight.dequantised()
+    exact = F.linear(x.double(), dense.double(), None if b is None else b.double())
+    assert layer.kind == "int8_weights"
+    assert close(layer(x), exact, F.linear(x.abs(), dense.abs(), None if b is None else b.abs()), 1e-5)
 
 
 @quick
@@ -183,7 +208,8 @@ def test_packs_into_memory_of_the_caller_and_outlives_what_it_came_from() -> Non
 def test_the_packed_form_is_no_larger_than_it_need_be() -> None:
     weight = torch.randn(64, 128)
     bits = {kind: 8 * packed_bytes(of_kind(weight, kind)) / weight.numel() for kind in KINDS}
-    assert bits == {"float32": 32, "bfloat16": 16, "int8": 8 + 32 / 128, "int4": 4 + 16 / 32}
+    eight = 8 + 32 / 128
+    assert bits == {"float32": 32, "bfloat16": 16, "int8": eight, "int4": 4 + 16 / 32, "int8_weights": eight}
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

@@ -79,8 +79,7 @@ def test_requests_of_a_lost_worker_are_answered_by_another(saved: Path, how: sig
         if how is signal.SIGKILL:
             threading.Thread(target=_kill_all, args=(llm,), daemon=True).start()
             with pytest.raises(GristmillError, match="all 2 workers are gone"):
-                for _ in range(1000):
-                    llm.generate(PROMPTS, LONG)
+                _generate_on(llm)
 
 
 def test_a_request_that_takes_its_workers_along_is_answered_with_the_error(saved: Path) -> None:
@@ -110,3 +109,8 @@ class _Next:
 def _kill_all(llm: ReplicatedLLM) -> None:
     time.sleep(0.3)
     os.kill(llm.process_ids[1], signal.SIGKILL)
+
+
+def _generate_on(llm: ReplicatedLLM) -> None:
+    for _ in range(1000):
+        llm.generate(PROMPTS, LONG)

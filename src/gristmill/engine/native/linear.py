@@ -2,8 +2,8 @@
 
 int8 multiplies weights of one scale per output channel with activations rounded to eight bits, one scale per token:
 the same whole numbers as `gristmill.model.int8.Int8Linear`. int8_weights multiplies them with float32 activations as
-they are, like `gristmill.model.quantised.linear.Int8WeightLinear`. int4 has a scale per group of inputs, for the weights and
-for the activations of each token.
+they are, like `gristmill.model.quantised.linear.Int8WeightLinear`. int4 has a scale per group of inputs, for the weights
+and for the activations of each token.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class PackedLinear:
 def of_kind(weight: Tensor, kind: Kind, group_size: int = 32) -> Tensor | Weight:
     """A floating weight (out, in) as a kind has it, rounded to nearest; `group_size` is for int4.
 
-    Raises RequestError for an unknown kind or group size, CheckpointError for int8, int8_weights and int4 when a weight is not
-    finite, and for int4 when groups do not divide the inputs.
+    Raises RequestError for an unknown kind or group size, CheckpointError for int8, int8_weights and int4 when a
+    weight is not finite, and for int4 when groups do not divide the inputs.
     """
     if kind not in KINDS:
         raise RequestError(f"kind {kind!r} is not one of {', '.join(KINDS)}.{closest(kind, KINDS)}", field="kind")

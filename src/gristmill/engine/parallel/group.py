@@ -1,8 +1,8 @@
 """Processes that hold one model together: rank 0 runs the engine, the others do as it says.
 
-Orders (what to compute, which blocks to copy) travel as whole numbers in a group of their own, which waits for the next
-one as long as it takes; states travel in a second group, which gives up after `timeout`. So an idle engine costs
-nothing, and a process that is dead or silent in the middle of a step is an error, never a wait without end.
+Orders (what to compute, which blocks to copy) travel as whole numbers in a group of their own, where the others wait
+for the next one as long as it takes; all else gives up after `timeout`. So an engine may be idle, and a process that
+is dead or silent in the middle of a step is an error, never a wait without end.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def join(device: str | None = None, timeout: float = 60.0) -> Ranks:
         size=dist.get_world_size(),
         device=place,
         states=dist.new_group(backend=backend, timeout=timedelta(seconds=timeout)),
-        orders=dist.new_group(backend="gloo", timeout=_IDLE),
+        # rank 0 waits for the others to take an order, they for the next one as long as it takes
+        orders=dist.new_group(backend="gloo", timeout=_IDLE if dist.get_rank() else timedelta(seconds=timeout)),
     )
 
 

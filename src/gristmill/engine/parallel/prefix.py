@@ -26,7 +26,7 @@ def export_prefix(engine: Engine, token_ids: Sequence[int], cache_salt: str | No
     ids, pool = list(token_ids), engine.pool
     found, _ = pool.match(ids, _root(engine, cache_salt), len(ids))
     known = len(found) * pool.block_size
-    return Prefix(ids[:known], cache_salt, Blocks(known, pool.block_size, engine.runner.read_blocks(found)))
+    return Prefix(ids[:known], cache_salt, Blocks.of(engine.runner, pool, found, known))
 
 
 def import_prefix(engine: Engine, prefix: Prefix) -> int:

@@ -65,7 +65,7 @@ class _Replica:
 
     def __init__(self, number: int, model: str, options: dict[str, Any], threads: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        self.number, self.load, self.heard = number, Worker(), time.monotonic()
+        self.number, self.load, self.silent = number, Worker(), 0.0
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, model, options, threads), daemon=True)
         self.process.start()
@@ -83,7 +83,7 @@ class _Replica:
             message = self.connection.recv()
         except OSError as error:
             raise EOFError from error
-        self.heard = time.monotonic()
+        self.silent = 0.0
         return message
 
     def end(self) -> None:
@@ -236,7 +236,7 @@ class ReplicatedLLM:
             del replica.load.prompts[:-_PROMPTS_KNOWN]
             self._numbers += 1
             if not replica.jobs:
-                replica.heard = time.monotonic()  # it had nothing to say before
+                replica.silent = 0.0  # it had nothing to say before
             replica.jobs[str(self._numbers)] = job
             replica.send((str(self._numbers), job.prompt, job.params))
         if waiting and not self._live:
@@ -245,11 +245,14 @@ class ReplicatedLLM:
 
     def _ready(self) -> list[_Replica]:
         """Workers that have something to say, or have been silent for too long (they are ended, which says so)."""
-        ready = wait([replica.connection for replica in self._live], timeout=min(self.patience, _ALIVE_EVERY))
-        now = time.monotonic()
+        began = time.monotonic()
+        ready = wait([replica.connection for replica in self._live], timeout=_ALIVE_EVERY)
+        waited = min(time.monotonic() - began, _ALIVE_EVERY)  # a machine that slept meanwhile proves nothing
         for replica in self._live:
-            if replica.jobs and replica.connection not in ready and now - replica.heard > self.patience:
-                replica.process.kill()
+            if replica.jobs and replica.connection not in ready:
+                replica.silent += waited
+                if replica.silent > self.patience:
+                    replica.process.kill()
         return [replica for replica in self._live if replica.connection in ready]
 
     def _give_up(self, replica: _Replica, waiting: deque[_Job]) -> None:

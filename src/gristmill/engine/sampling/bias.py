@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,6 +16,9 @@ from gristmill.errors import RequestError
 _Bias = tuple[IdArray, np.ndarray[Any, np.dtype[np.float32]]]
 
 
+_HIGHEST = float(np.finfo(np.float32).max)
+
+
 class LogitBias(SlotProcessor[_Bias]):
     """Adds `logit_bias`; -inf bans a token."""
 
@@ -28,8 +30,8 @@ class LogitBias(SlotProcessor[_Bias]):
         """See SlotProcessor."""
         check_ids("logit_bias", params.logit_bias or (), self._vocab_size)
         for bias in (params.logit_bias or {}).values():
-            if not bias < math.inf:
-                raise RequestError(f"logit_bias {bias} is not a finite number or -inf", field="logit_bias")
+            if not bias <= _HIGHEST:
+                raise RequestError(f"logit_bias {bias} is not a finite float32 or -inf", field="logit_bias")
 
     def begin(self, params: SamplingParams, prompt_ids: Sequence[int], end_ids: Collection[int]) -> _Bias | None:
         """See SlotProcessor."""

@@ -44,14 +44,26 @@ class Policy(Protocol):
     def key(self, sequence: Any, now: float) -> Any:
         """The lowest goes first; `now` is in the seconds of `arrived_at`. Must be a total order at any one time."""
 
+    def running_key(self, sequence: Any, now: float) -> Any:
+        """The same among running sequences, of which the last is preempted when memory runs out. Which of two goes
+        first must never change, or they would preempt each other in turn and none would get on."""
+
     def serve(self, sequence: Any, tokens: int) -> None:
         """Told by the scheduler that a step computes so many tokens of a sequence."""
 
 
 class _Rule:
-    """A policy that remembers nothing."""
+    """A policy that remembers nothing: two sequences always stand in the same order."""
 
     __slots__ = ()
+
+    def key(self, sequence: Any, now: float) -> Any:
+        """See `Policy.key`."""
+        raise NotImplementedError
+
+    def running_key(self, sequence: Any, now: float) -> Any:
+        """See `Policy.running_key`."""
+        return self.key(sequence, now)
 
     def serve(self, sequence: Queued, tokens: int) -> None:
         """See `Policy.serve`."""
@@ -116,7 +128,7 @@ class EarliestDeadline(_Rule):
 
 @dataclass(slots=True)
 class FairShare:
-    """The user who was given the fewest tokens goes first."""
+    """The user who was given the fewest tokens goes first; what runs goes on in the order of arrival."""
 
     running_first: bool = True
     served: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -125,6 +137,10 @@ class FairShare:
     def key(self, sequence: Queued, now: float) -> tuple[int, int]:
         """See `Policy.key`."""
         return (self.served[sequence.user], sequence.arrival)
+
+    def running_key(self, sequence: Queued, now: float) -> int:
+        """See `Policy.running_key`."""
+        return sequence.arrival
 
     def serve(self, sequence: Queued, tokens: int) -> None:
         """See `Policy.serve`."""

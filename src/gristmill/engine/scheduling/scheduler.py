@@ -55,6 +55,7 @@ class Scheduler:
         self.source_tokens = 0
         """Tokens that the encoder reads in the step that was scheduled last."""
         self._budget = self._prompt_budget = 0
+        self._kept_free = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has checked that it fits into an empty pool."""
@@ -83,7 +84,10 @@ class Scheduler:
             if not self._advance(step, self.running, now):
                 self._admit(step, now)
             return step
+        # what runs keeps the blocks of its next tokens: a newcomer that took them would have it preempted
+        self._kept_free = sum(self._needed(sequence, self._share(sequence)) for sequence in self.running)
         self._admit(step, now)
+        self._kept_free = 0
         behind = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
         admitted = {id(entry.sequence) for entry in step}
         order = behind + [sequence for sequence in self.running if sequence.num_missing_tokens <= 1]
@@ -131,7 +135,7 @@ class Scheduler:
 
     def _advance(self, step: list[Scheduled], running: list[Sequence], now: float) -> bool:
         """Give running sequences their tokens; True when one of them was preempted."""
-        order = sorted(running, key=lambda sequence: self.policy.key(sequence, now))
+        order = sorted(running, key=lambda sequence: self.policy.running_key(sequence, now))
         preempted = False
         position = 0
         while position < len(order) and self._budget > 0:
@@ -219,22 +223,37 @@ class Scheduler:
     def _allocate(self, sequence: Sequence, count: int) -> bool:
         """Blocks for `count` tokens and the lookahead, all writable by this sequence alone. False when there are too
         few, and nothing is changed then but the lookahead, which is given up first."""
-        table, start = sequence.block_table, sequence.num_computed_tokens
-        first = start // self.pool.block_size
-        shared = first < len(table) and self.pool.is_shared(table[first])
-        needed = self.pool.blocks_for(start + count + sequence.num_lookahead) - len(table)
-        if max(0, needed) + shared > self.pool.num_free and sequence.num_lookahead:
+        free = self.pool.num_free - self._kept_free
+        needed = self._needed(sequence, count + sequence.num_lookahead)
+        if needed > free and sequence.num_lookahead:
             sequence.num_lookahead = 0
-            needed = self.pool.blocks_for(start + count) - len(table)
-        if max(0, needed) + shared > self.pool.num_free:
+            needed = self._needed(sequence, count)
+        if needed > free:
             return False
-        if shared:  # the others go on reading the old block
+        if self._writes_shared(sequence):  # the others go on reading the old block
+            table, first = sequence.block_table, sequence.num_computed_tokens // self.pool.block_size
             (own,) = self.pool.take(1)
             self.copies.append((table[first], own))
             self.pool.release([table[first]])
             table[first] = own
-        table += self.pool.take(max(0, needed))
+            needed -= 1
+        sequence.block_table += self.pool.take(needed)
         return True
+
+    def _needed(self, sequence: Sequence, tokens: int) -> int:
+        """Blocks to take before so many further tokens can be computed."""
+        held = len(sequence.block_table)
+        more = max(0, self.pool.blocks_for(sequence.num_computed_tokens + tokens) - held)
+        return more + self._writes_shared(sequence)
+
+    def _writes_shared(self, sequence: Sequence) -> bool:
+        """Whether the next token goes into a block that others read."""
+        table, first = sequence.block_table, sequence.num_computed_tokens // self.pool.block_size
+        return first < len(table) and self.pool.is_shared(table[first])
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Let a running sequence wait and be computed again, as after a preemption."""
+        self._preempt(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preempted += 1

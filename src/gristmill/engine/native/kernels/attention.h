@@ -64,31 +64,17 @@ struct TileRange {
           end(std::min(item.tile_end, (span.start + item.last + TILE - 1) / TILE)) {}
 };
 
-// Ask for a tile of some heads: keys and values of a long context come from memory, not from a cache.
-inline void prefetch_tile(const Heads& heads, const Cache& cache, const Span& span, long tile, long head, long head_end) {
+// Read a tile of some heads once in the order of memory. Packing reads one head after the other, which the processor
+// cannot foresee; a plain stream from memory is twice as fast, and prefetch instructions are not.
+inline void touch_tile(const Heads& heads, const Cache& cache, const Span& span, long tile, long head, long head_end) {
     const long size = cache.kind == CACHE_FLOAT32 ? 4 : cache.kind == CACHE_BFLOAT16 ? 2 : 1;
-    const long stride = heads.kv_heads * heads.dim * size, begin = head * heads.dim * size;
+    const long stride = heads.kv_heads * heads.dim * size, end = head_end * heads.dim * size;
     const long last = std::min((tile + 1) * TILE, span.start + span.length);
-    for (long key = tile * TILE; key < last; key++)
-        for (const char* store : {cache.keys, cache.values}) {
-            const char* row = store + span.slots[key] * stride;
-            for (long at = begin; at < head_end * heads.dim * size; at += 64) __builtin_prefetch(row + at, 0, 2);
-        }
+    for (const char* store : {cache.keys, cache.values})
+        for (long key = tile * TILE; key < last; key++)
+            for (long at = head * heads.dim * size; at < end; at += 64)
+                (void)*(const volatile char*)(store + span.slots[key] * stride + at);
 }
-
-// The first tile of an item that comes later, or nothing.
-struct Ahead {
-    const Heads& heads;
-    const Cache& cache;
-    const Span* span;
-    const Item* item;
-    long window;
-    void fetch() const {
-        if (!item) return;
-        const TileRange tiles(*span, *item, window);
-        if (tiles.begin < tiles.end) prefetch_tile(heads, cache, *span, tiles.begin, item->head, item->head_end);
-    }
-};
 
 // One cell of a packed tile is 32 bits: a float, or two bfloat16 that are multiplied together.
 struct FloatTile {
@@ -416,9 +402,8 @@ struct Attention {
         }
     }
 
-    // Rows of an item's heads lie one head after the other. `next` is what this thread attends afterwards.
-    void run(const Item& item, const Ahead& next, const float* query, long ldq, float* attended, long ldo,
-             float* parts) {
+    // Rows of an item's heads lie one head after the other.
+    void run(const Item& item, const float* query, long ldq, float* attended, long ldo, float* parts) {
         const long rows = (item.last - item.first) * heads.group(), end = span.start + item.last;
         const TileRange tiles(span, item, window);
         for (long head = item.head; head < item.head_end; head++)
@@ -426,12 +411,9 @@ struct Attention {
         clear(rows * (item.head_end - item.head));
         for (long tile = tiles.begin; tile < tiles.end; tile++) {
             const long first = tile * TILE, count = std::min<long>(TILE, end - first);
+            if (rows <= SMALL) touch_tile(heads, cache, span, tile, item.head, item.head_end);
             for (long head = item.head; head < item.head_end; head++) {
                 const long base = (head - item.head) * rows;
-                if (tile + 1 < tiles.end)
-                    prefetch_tile(heads, cache, span, tile + 1, head, head + 1);
-                else if (head == item.head)
-                    next.fetch();
                 pack_tile(first, count, head);
                 for (long row = 0; row < rows; row += ROWS)
                     attend_rows(item, base, row, std::min<long>(ROWS, rows - row), first, count);
@@ -446,14 +428,13 @@ struct Attention {
 
 // Attend one item: query rows (tokens, ldq) and attended rows (tokens, ldo) of the flat batch.
 inline void attend(const Heads& heads, const Cache& cache, const Span& span, long window, Scratch& scratch,
-                   const Item& item, const Ahead& next, const float* query, long ldq, float* attended, long ldo,
-                   float* parts) {
+                   const Item& item, const float* query, long ldq, float* attended, long ldo, float* parts) {
 #if defined(GRISTMILL_BF16)
     using Narrow = PairTile;
 #else
     using Narrow = FloatTile;
 #endif
-    const auto run = [&](auto attention) { attention.run(item, next, query, ldq, attended, ldo, parts); };
+    const auto run = [&](auto attention) { attention.run(item, query, ldq, attended, ldo, parts); };
     if (cache.kind == CACHE_FLOAT32) run(Attention<FloatTile, CACHE_FLOAT32>{heads, cache, span, window, scratch});
     if (cache.kind == CACHE_BFLOAT16) run(Attention<Narrow, CACHE_BFLOAT16>{heads, cache, span, window, scratch});
     if (cache.kind == CACHE_INT8) run(Attention<Narrow, CACHE_INT8>{heads, cache, span, window, scratch});
@@ -501,8 +482,9 @@ inline long plan_items(const Heads& heads, std::vector<Span>& spans, int threads
             continue;
         }
         const long most = std::max(1l, BLOCK_ROWS / (span.length * group));  // heads whose rows fit the buffers
-        const bool all = target >= heads.kv_heads && most >= heads.kv_heads;
-        const long step = all ? std::min(tiles, target / heads.kv_heads) : 1;
+        // all heads together where that leaves enough items: they lie side by side in memory
+        const bool all = most >= heads.kv_heads && (target >= heads.kv_heads || units >= 2 * threads * heads.kv_heads);
+        const long step = all ? std::clamp(target / heads.kv_heads, 1l, tiles) : 1;
         const long at_once = all ? heads.kv_heads : std::min(most, target);
         if (step < tiles) {
             span.parts = parts;

@@ -218,18 +218,12 @@ class Stack {
         return index < (long)items.size() ? &items[index] : nullptr;
     }
 
-    Ahead ahead(const Layer& layer, const Cache& cache, const Item* item) const {
-        return {heads, cache, item ? &spans[item->span] : nullptr, item, layer.window};
-    }
-
-    void attention(const Layer& layer, const Cache& cache, std::atomic<long>& next, const Item* item, int thread) {
+    void attention(const Layer& layer, std::atomic<long>& next, int thread) {
         Scratch scratch(heads, scratch_words + scratch_stride * thread);
-        while (item) {
-            const Item* following = claim(next);
-            attend(heads, cache, spans[item->span], layer.window, scratch, *item, ahead(layer, cache, following),
-                   projected, qkv_size(), attended, query_size(), parts);
-            item = following;
-        }
+        const Cache cache = cache_of(layer);
+        for (const Item* item; (item = claim(next));)
+            attend(heads, cache, spans[item->span], layer.window, scratch, *item, projected, qkv_size(), attended,
+                   query_size(), parts);
     }
 
     // From the residual stream to queries in `projected`, and keys and values in the cache.
@@ -299,12 +293,9 @@ class Stack {
             mine.push_back({0, step.tokens, thread, team, row_buffer, inner, row_of(thread)});
         }
         for (size_t i = 0; i < layers.size(); i++) {
-            const Cache cache = cache_of(layers[i]);
-            const Item* item = claim(next_item[i]);
             for (const Part& part : mine) before_attention(step, layers[i], part);
-            ahead(layers[i], cache, item).fetch();
             barrier.wait(team);
-            attention(layers[i], cache, next_item[i], item, thread);
+            attention(layers[i], next_item[i], thread);
             barrier.wait(team);
             for (const Part& part : mine) after_attention(step, layers[i], part);
         }
