@@ -154,7 +154,7 @@ def measure(sides: list[Side], batch: int, prompt: int, new: int, rounds: int, v
             try:
                 first, _ = side.run(prompts[0], 1)
                 whole, tokens = side.run(prompts[1], new if number else min(new, 8))
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 print(f"{side.name} is left out from here: {error}", file=sys.stderr)
                 sides.remove(side)
                 side.close()
@@ -167,8 +167,9 @@ def measure(sides: list[Side], batch: int, prompt: int, new: int, rounds: int, v
     found: dict[str, Any] = {}
     for name, taken in times.items():
         found[name] = taken.rates(batch, prompt, new)
-        # as many tokens as the first side's before the two part, of all prompts in the mean
-        found[name]["agree"] = statistics.mean(map(_common, times[sides[0].name].tokens, taken.tokens))
+        # tokens before a side parts from the first one that computes in float32, of all prompts in the mean
+        exact = next((side for side in times if side.endswith((":float32", ":f32"))), next(iter(times)))
+        found[name]["agree"] = statistics.mean(map(_common, times[exact].tokens, taken.tokens))
         print(f"  {batch}x{prompt} {name:22} {found[name]}", file=sys.stderr)
     return found
 

@@ -26,6 +26,7 @@ LONG = "context_length_exceeded"
         ([5] * 500, {}, "prompt", LONG),
         ([5] * 60, {"max_tokens": 5}, "max_tokens", LONG),
         ([5], {"max_tokens": 10**9}, "max_tokens", LONG),
+        ([5], {"max_tokens": None, "min_tokens": 64}, "min_tokens", LONG),
         ([5, -1], {}, "prompt", None),
         ([5, 300], {}, "prompt", None),
         ([5, 1.5], {}, "prompt", None),
@@ -38,6 +39,16 @@ LONG = "context_length_exceeded"
         ([5], {"logit_bias": {"5": 1.0}}, "logit_bias", None),
         ([5], {"logit_bias": {5: float("nan")}}, "logit_bias", None),
         ([5], {"logit_bias": {5: float("inf")}}, "logit_bias", None),
+        ([5], {"logit_bias": {5: 1e300}}, "logit_bias", None),
+        ([5], {"logit_bias": {5: "1"}}, "logit_bias", None),
+        ([5], {"logit_bias": [5]}, "logit_bias", None),
+        ([5], {"stop_token_ids": 5}, "stop_token_ids", None),
+        ([5], {"stop": [1]}, "stop", None),
+        ([5], {"stop": 5}, "stop", None),
+        ([5], {"stop": b"x"}, "stop", None),
+        ([5], {"bad_words": 5}, "bad_words", None),
+        ([5], {"ignore_eos": "no"}, "ignore_eos", None),
+        ([5], {"temperature_last": "x"}, "temperature_last", None),
         ([5], {"seed": 1 << 63}, "seed", None),
         ([5], {"seed": -(1 << 63) - 1}, "seed", None),
     ],
@@ -161,3 +172,53 @@ def test_scores_refuse_what_is_not_there(llm: LLM, field: str) -> None:
         llm.embed(["fine", ""])
     with pytest.raises(RequestError, match="text 1"):
         llm.embed(["fine", "x y " * 200])
+
+
+def test_a_step_that_fails_costs_no_request_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of a step fails now and then; the tokens are those of an undisturbed run."""
+    engine = helpers.engine(kv_cache_tokens=64, block_size=4, max_num_batched_tokens=8)
+    prompts = [helpers.prompt(11, seed) for seed in range(3)]
+    wanted = [helpers.plain_greedy(prompt, 6) for prompt in prompts]
+    order = [engine.add(prompt, helpers.greedy(max_tokens=6, n=2, logprobs=0)) for prompt in prompts]
+    calls = 0
+
+    def failing(function: Any) -> Any:
+        def call(*options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 5 == 0:
+                raise MemoryError("no more")
+            return function(*options)
+
+        return call
+
+    monkeypatch.setattr(engine.runner, "hidden_states", failing(engine.runner.hidden_states))
+    monkeypatch.setattr(engine.runner, "logits", failing(engine.runner.logits))
+    monkeypatch.setattr(engine.chooser.sampler, "sample", failing(engine.chooser.sampler.sample))
+    monkeypatch.setattr(engine.chooser, "_take", failing(engine.chooser._take))
+    found = {}
+    for _ in range(300):
+        try:
+            outputs = engine.step()
+        except MemoryError:
+            outputs = []
+        engine.check_integrity()
+        found |= {output.request_id: [c.token_ids for c in output.outputs] for output in outputs if output.finished}
+    assert [found[request] for request in order] == [[tokens] * 2 for tokens in wanted]
+    assert not engine.has_unfinished()
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_a_processor_of_the_engine_concerns_plain_greedy_requests_too() -> None:
+    class Only:
+        is_argmax_invariant = False
+
+        def validate(self, params: SamplingParams) -> None: ...
+
+        def update(self, change: Any) -> None: ...
+
+        def apply(self, logits: torch.Tensor, rows: Any) -> torch.Tensor:
+            return torch.zeros_like(logits).index_fill(1, torch.tensor([7]), 1.0)
+
+    engine = helpers.engine(processors=[Only()])
+    assert helpers.only(engine, [5], helpers.greedy(max_tokens=3)).token_ids == [7, 7, 7]

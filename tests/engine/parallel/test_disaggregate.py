@@ -75,8 +75,8 @@ def test_two_processes_give_the_tokens_of_one_engine(tmp_path: Path, block_size:
     source, sink = multiprocessing.Pipe(duplex=False)
     child = processes.start(prefiller, sink, block_size, log=tmp_path / "log")
     sink.close()
-    # fewer seats than requests: some wait on the way
-    engine = helpers.engine(max_num_seqs=2, block_size=block_size)
+    # fewer seats than requests: some wait on the way; the seeds are those of the first engine
+    engine = helpers.engine(max_num_seqs=2, block_size=block_size, seed=99)
     outputs = decode(engine, source)
     expected = helpers.run(helpers.engine(block_size=block_size), REQUESTS)
     assert told(outputs) == told(expected)

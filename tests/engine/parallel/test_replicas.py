@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,10 @@ def test_the_policy_decides_who_answers(pair: ReplicatedLLM) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_requests_of_a_lost_worker_are_answered_by_another(saved: Path, how: signal.Signals) -> None:
     expected = told(LLM(saved, **OPTIONS).generate(PROMPTS, LONG))
-    with ReplicatedLLM(saved, 2, threads=1, patience=5.0, **OPTIONS) as llm:
-        victim = llm.process_ids[0]
-        os.kill(victim, how)  # before it can answer: all that it was given comes back
+    with ReplicatedLLM(saved, 2, threads=1, patience=3.0, **OPTIONS) as llm:
+        # before it can answer: all that it was given comes back
+        threading.Thread(target=_keep, args=(llm.process_ids[0], how), daemon=True).start()
+        time.sleep(0.1)
         assert told(llm.generate(PROMPTS, LONG)) == expected
         assert llm.num_live == 1
         assert llm.served[0] == 0
@@ -104,6 +106,14 @@ class _Next:
 
     def choose(self, load: object, workers: list[object]) -> int:
         return 0
+
+
+def _keep(process: int, how: signal.Signals) -> None:
+    """Again and again, lest something wakes it."""
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(process, how)
+            time.sleep(0.02)
 
 
 def _kill_all(llm: ReplicatedLLM) -> None:

@@ -2,8 +2,8 @@
 
 int8 multiplies weights of one scale per output channel with activations rounded to eight bits, one scale per token:
 the same whole numbers as `gristmill.model.int8.Int8Linear`. int8_weights multiplies them with float32 activations as
-they are, like `gristmill.model.quantised.linear.Int8WeightLinear`. int4 has a scale per group of inputs, for the weights
-and for the activations of each token.
+they are, like `gristmill.model.quantised.linear.Int8WeightLinear`. int4 has a scale per group of inputs, for the
+weights and for the activations of each token.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ class NativeLinear(nn.Module):
     for float rounding; float32 and bfloat16 differ from nn.Linear by the order of additions.
     """
 
-    def __init__(self, weight: Tensor | Weight, bias: Tensor | None = None) -> None:
-        """weight (out, in): see `pack`; `of_kind` makes one of another kind."""
+    def __init__(self, weight: Tensor | Weight, bias: Tensor | None = None, memory: Tensor | None = None) -> None:
+        """weight (out, in), memory: see `pack`; `of_kind` makes one of another kind."""
         super().__init__()
-        self.packed = pack(weight, bias)
+        self.packed = pack(weight, bias, memory)
         self.out_features = self.packed.struct.out_features
         self.in_features = self.packed.struct.in_features
 

@@ -10,14 +10,20 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from gristmill.engine.memory.paged_cache import Chunk
 from gristmill.engine.native import build
-from gristmill.engine.native.decoder import KV_DTYPES, DecoderStruct, describe, make_stores, native_refusal
+from gristmill.engine.native.decoder import (
+    KV_DTYPES,
+    DecoderStruct,
+    describe,
+    make_stores,
+    native_refusal,
+    plain_embedding,
+)
 from gristmill.engine.native.linear import Kind
 from gristmill.errors import RequestError
 from gristmill.model.config import ModelConfig, RopeConfig
@@ -32,7 +38,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, _LONG) for name in ("tokens", "chunk_count")),
-        *((name, _POINTER) for name in ("starts", "lengths", "tables", "table_starts")),
+        *((name, _POINTER) for name in ("starts", "lengths", "tables", "table_ends")),
         ("cosines", _POINTER * 2),
         ("sines", _POINTER * 2),
         ("rope_by_token", _LONG),
@@ -78,6 +84,7 @@ class NativeRunner:
         """All that a slot holds; the second dimension is the slots."""
         self.decoder = describe(model, kind, group_size, self.stores, block_size, release)
         self._rope = _RopeTables(model.config)
+        self._embedding = plain_embedding(model)
         self._library = _library()
         self._stack = self._library.gristmill_stack(ctypes.byref(self.decoder.struct), threads)
         self._step = _Step()
@@ -99,29 +106,43 @@ class NativeRunner:
         Raises ValueError for blocks that are none or too few, and IndexError for an id that is none.
         """
         starts, lengths = array("q", [chunk.start for chunk in chunks]), array("q", [chunk.length for chunk in chunks])
-        tables = array("q", chain.from_iterable(chunk.block_table for chunk in chunks))
-        table_starts = self._check(ids, chunks, tables)
+        tables, ends = array("q"), array("q")
+        for chunk in chunks:
+            tables.extend(chunk.block_table[: -(-(chunk.start + chunk.length) // self.block_size)])
+            ends.append(len(tables))
+        if sum(lengths) != len(ids) or not chunks:
+            raise ValueError(f"{len(ids)} ids for {len(chunks)} chunks of {sum(lengths)} tokens")
         positions = None
         if self._rope.by_token or self.config.positions.absolute is not None:
             positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)], dtype=torch.long)
-        tokens = torch.tensor(ids, dtype=torch.long)
-        x = self.model.embed(tokens, tokens if positions is None else positions).float().contiguous()
+        x = self._embedded(torch.tensor(ids, dtype=torch.long), positions)
         if len(ids) > len(self._states):
             self._states = torch.empty(len(ids), self.config.hidden_size)
         hidden = self._states[: len(ids)]
         step = self._step
         step.tokens, step.chunk_count = len(ids), len(chunks)
         step.starts, step.lengths = starts.buffer_info()[0], lengths.buffer_info()[0]
-        step.tables, step.table_starts = tables.buffer_info()[0], table_starts.buffer_info()[0]
+        step.tables, step.table_ends = tables.buffer_info()[0], ends.buffer_info()[0]
         step.x, step.hidden = x.data_ptr(), hidden.data_ptr()
         self._rope.fill(step, chunks, positions)
-        self._library.gristmill_stack_run(self._stack, ctypes.byref(step))
+        wrong = self._library.gristmill_stack_run(self._stack, ctypes.byref(step))
+        if wrong >= 0:
+            raise ValueError(
+                f"chunk {wrong}: {lengths[wrong]} tokens from position {starts[wrong]} do not fit its blocks "
+                f"{list(chunks[wrong].block_table)}, of {self.block_size} tokens and {self.num_blocks} in all"
+            )
         return hidden
+
+    def _embedded(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """What the first layer reads, (tokens, hidden) float32 of its own."""
+        if self._embedding is not None:
+            return self._embedding.index_select(0, tokens)
+        return self.model.embed(tokens, tokens if positions is None else positions).float().contiguous()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Runner.logits`. The next call overwrites the result."""
-        rows = hidden.float().contiguous()
+        rows = _rows(hidden)
         if len(rows) > len(self._scores):
             self._scores = torch.empty(len(rows), self.config.vocab_size)
         self._library.gristmill_stack_logits(self._stack, rows.data_ptr(), len(rows), self._scores.data_ptr())
@@ -130,7 +151,7 @@ class NativeRunner:
     @torch.inference_mode()
     def greedy(self, hidden: Tensor) -> list[int]:
         """See `Runner.greedy`."""
-        rows = hidden.float().contiguous()
+        rows = _rows(hidden)
         best, highest = array("q", bytes(8 * len(rows))), array("f", bytes(4 * len(rows)))
         self._library.gristmill_stack_greedy(
             self._stack, rows.data_ptr(), len(rows), best.buffer_info()[0], highest.buffer_info()[0]
@@ -155,22 +176,6 @@ class NativeRunner:
     def _slots(self, blocks: Sequence[int]) -> Tensor:
         first = torch.tensor(list(blocks), dtype=torch.long)[:, None] * self.block_size
         return (first + torch.arange(self.block_size)).flatten()
-
-    def _check(self, ids: Sequence[int], chunks: Sequence[Chunk], tables: array[int]) -> array[int]:
-        """Where each chunk's table begins in `tables`. C++ would read and write anywhere."""
-        begins, begin, tokens = array("q"), 0, 0
-        for chunk in chunks:
-            held = len(chunk.block_table) * self.block_size
-            if chunk.length < 1 or chunk.start < 0 or chunk.start + chunk.length > held:
-                raise ValueError(f"{chunk.length} tokens from position {chunk.start} in blocks for {held}")
-            begins.append(begin)
-            begin += len(chunk.block_table)
-            tokens += chunk.length
-        if not tables or tokens != len(ids):
-            raise ValueError(f"{len(ids)} ids for chunks of {tokens} tokens")
-        if min(tables) < 0 or max(tables) >= self.num_blocks:
-            raise ValueError(f"a block outside of {self.num_blocks}")
-        return begins
 
 
 class _RopeTables:
@@ -207,12 +212,17 @@ class _RopeTables:
             step.cosines[place], step.sines[place] = kept[0].data_ptr(), kept[1].data_ptr()
 
 
+def _rows(hidden: Tensor) -> Tensor:
+    return hidden if hidden.dtype == torch.float32 and hidden.is_contiguous() else hidden.float().contiguous()
+
+
 def _library() -> ctypes.CDLL:
     """The kernels, with the types of the functions that are called here."""
     library = build.require_native_library()
     library.gristmill_stack.argtypes = (ctypes.POINTER(DecoderStruct), ctypes.c_int)
     library.gristmill_stack.restype = _POINTER
     library.gristmill_stack_free.argtypes = (_POINTER,)
+    library.gristmill_stack_run.restype = ctypes.c_long
     library.gristmill_stack_run.argtypes = (_POINTER, ctypes.POINTER(_Step))
     library.gristmill_stack_logits.argtypes = (_POINTER, _POINTER, ctypes.c_long, _POINTER)
     library.gristmill_stack_greedy.argtypes = (_POINTER, _POINTER, ctypes.c_long, _POINTER, _POINTER)

@@ -14,7 +14,7 @@
 namespace gristmill {
 namespace {
 
-static const long ROW_BLOCK = getenv("RB") ? atoi(getenv("RB")) : 48;
+constexpr long ROW_BLOCK = 48;
 
 // What Python fills, once for a model. Weights, norms and the cache belong to Python.
 struct Layer {
@@ -39,7 +39,7 @@ struct Decoder {
 // What Python fills for a step. `rope_rows`: the row of the tables for each token, null where it is the position.
 struct Step {
     int64_t tokens, chunk_count;
-    const int64_t *starts, *lengths, *tables, *table_starts;  // tables: block ids, those of chunk i from table_starts[i]
+    const int64_t *starts, *lengths, *tables, *table_ends;  // tables: block ids, those of chunk i end at table_ends[i]
     const float *cosines[2], *sines[2];
     int64_t rope_by_token;
     float *x, *hidden;  // (tokens, hidden): embedded tokens, which become the residual stream; final states
@@ -146,17 +146,29 @@ class Stack {
 
     float* row_of(int thread) const { return (float*)(scratch_words + scratch_stride * thread) + Scratch::words(heads); }
 
+    // The first chunk that its blocks do not hold, -1 for none.
+    long unfit(const Step& step) const {
+        const long size = decoder.block_size, blocks = decoder.slots / size;
+        for (long i = 0, at = 0; i < step.chunk_count; at = step.table_ends[i++]) {
+            if (step.starts[i] < 0 || step.lengths[i] < 1) return i;
+            if ((step.table_ends[i] - at) * size < step.starts[i] + step.lengths[i]) return i;
+            for (long j = at; j < step.table_ends[i]; j++)
+                if (step.tables[j] < 0 || step.tables[j] >= blocks) return i;
+        }
+        return -1;
+    }
+
     void plan(const Step& step) {
         spans.clear(), span_of.clear();
         size_t positions = 0;
-        long row = 0;
         for (long i = 0; i < step.chunk_count; i++) positions += step.starts[i] + step.lengths[i];
         slots.resize(positions);
         int32_t* at = slots.data();
+        long row = 0;
         for (long i = 0; i < step.chunk_count; i++) {
             const long end = step.starts[i] + step.lengths[i], size = decoder.block_size;
             spans.push_back({row, step.starts[i], step.lengths[i], at, -1});
-            const int64_t* table = step.tables + step.table_starts[i];
+            const int64_t* table = step.tables + (i ? step.table_ends[i - 1] : 0);
             for (long first = 0; first < end; first += size, table++)
                 for (long p = first; p < std::min(first + size, end); p++) *at++ = (int32_t)(*table * size + p - first);
             span_of.insert(span_of.end(), step.lengths[i], (int32_t)i);
@@ -338,11 +350,15 @@ class Stack {
           heads{decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.factor},
           layers(decoder.layers, decoder.layers + decoder.layer_count), next_item(decoder.layer_count) {}
 
-    void run(const Step& step) {
+    // Returns the first chunk that its blocks do not hold, having done nothing; -1 when all is done.
+    long run(const Step& step) {
+        const long wrong = unfit(step);
+        if (wrong >= 0) return wrong;
         make_room(step);
         plan(step);
 #pragma omp parallel num_threads(threads)
         run_layers(step, omp_get_thread_num(), omp_get_num_threads());
+        return -1;
     }
 
     void logits(const float* hidden, long rows, float* into) {
@@ -375,7 +391,7 @@ void* gristmill_stack(const gristmill::Decoder* decoder, int threads) { return n
 
 void gristmill_stack_free(gristmill::Stack* stack) { delete stack; }
 
-void gristmill_stack_run(gristmill::Stack* stack, const gristmill::Step* step) { stack->run(*step); }
+long gristmill_stack_run(gristmill::Stack* stack, const gristmill::Step* step) { return stack->run(*step); }
 
 void gristmill_stack_logits(gristmill::Stack* stack, const float* hidden, long rows, float* logits) {
     stack->logits(hidden, rows, logits);
