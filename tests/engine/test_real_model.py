@@ -16,7 +16,8 @@ MODEL = "smollm2-135m"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 STARTS = (
     "The water mill", "In 1815 the", "def sort(items):", "Once upon a time", "The capital of France is",
-    "To bake bread,", "Q: What is 12 times 12?\nA:", "Photosynthesis is", "Dear Sir or Madam,", "The three laws of", "Yesterday, stock",
+    "To bake bread,", "Q: What is 12 times 12?\nA:", "Photosynthesis is", "Dear Sir or Madam,", "The three laws of",
+    "Yesterday, stock",
     "SELECT name FROM", "A haiku about rain:\n", "Le chat est", "1, 1, 2, 3, 5, 8,", "If it rains tomorrow",
 )  # fmt: skip
 PROMPTS = [f"{lead}{start}" for lead in ("", "Notes. ", "Chapter 1\n\n", "He said: ") for start in STARTS]

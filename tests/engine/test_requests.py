@@ -222,3 +222,9 @@ def test_a_processor_of_the_engine_concerns_plain_greedy_requests_too() -> None:
 
     engine = helpers.engine(processors=[Only()])
     assert helpers.only(engine, [5], helpers.greedy(max_tokens=3)).token_ids == [7, 7, 7]
+
+
+def test_more_completions_than_memory_could_hold_are_refused() -> None:
+    with pytest.raises(RequestError, match="at most 4096") as refused:
+        helpers.engine().add(helpers.prompt(3), SamplingParams(n=10**9))
+    assert refused.value.field == "n"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from gristmill.core import LogitsProcessor, LogitsRow
+from gristmill.core import LogitsProcessor, LogitsRow, Logprob
 from gristmill.engine.request import Completion
 from gristmill.engine.runner import Runner
 from gristmill.engine.sampling.logprobs import token_logprobs, top_logprobs
@@ -96,15 +97,15 @@ class Chooser:
         self, completions: Sequence[Completion], chosen: Sequence[int | None], logits: Tensor | None
     ) -> list[int]:
         """Append what the target chose at each place, as far as drafts agree with it."""
-        accepted, at = [], 0
+        settled: list[_Settled] = []
+        at = 0
         for completion in completions:
             places = _drafted(completion) + 1
             drafted = completion.draft.token_ids if completion.draft is not None else []
-            tokens, count = verify_greedy(chosen[at : at + places], drafted)
-            self._take(completion, tokens, count, None if logits is None else logits[at : at + places])
-            accepted.append(count)
+            settled.append(_Settled(completion, *verify_greedy(chosen[at : at + places], drafted), at))
             at += places
-        return accepted
+        self._take(settled, logits)
+        return [one.accepted for one in settled]
 
     def _verify(self, completion: Completion, logits: Tensor) -> int:
         """Accept or refuse a draft that was drawn from distributions of its own; logits (drafted + 1, vocab)."""
@@ -117,24 +118,47 @@ class Chooser:
             return uniform(request.seed, completion.index, position + offset, stream)
 
         tokens, count = verify(probs, draft, draw)
-        self._take(completion, tokens, count, logits)
+        self._take([_Settled(completion, tokens, count, 0)], logits)
         return count
 
-    def _take(self, completion: Completion, tokens: Sequence[int], accepted: int, logits: Tensor | None) -> None:
+    def _take(self, settled: Sequence[_Settled], logits: Tensor | None) -> None:
         """Append tokens one by one, with their log-probabilities where these are asked for; without one beyond the
         accepted ones, none could be chosen."""
-        params = completion.request.params
-        for place, token in enumerate(tokens):
-            probability = None
-            if logits is not None and params.stop_below_probability > 0:
-                probability = float(token_logprobs(logits[place : place + 1], [token]).exp())
-            if logits is not None and params.logprobs is not None:
-                completion.logprobs += top_logprobs(logits[place : place + 1], [token], params.logprobs, self.tokenizer)
-            completion.append(token, probability)
-            if completion.finish_reason is not None:
-                return
-        if len(tokens) == accepted:
-            completion.fail("no token can be chosen: the logits are not numbers, or all tokens are banned")
+        entries = {} if logits is None else self._top_logprobs(settled, logits)
+        for completion, tokens, accepted, first in settled:
+            for row, token in enumerate(tokens, start=first):
+                probability = None
+                if logits is not None and completion.stopper.needs_probability:
+                    probability = float(token_logprobs(logits[row : row + 1], [token]).exp())
+                if row in entries:
+                    completion.logprobs.append(entries[row])
+                completion.append(token, probability)
+                if completion.finish_reason is not None:
+                    break
+            if len(tokens) == accepted and completion.finish_reason is None:
+                completion.fail("no token can be chosen: the logits are not numbers, or all tokens are banned")
+
+    def _top_logprobs(self, settled: Sequence[_Settled], logits: Tensor) -> dict[int, dict[int, Logprob]]:
+        """By row, the log-probabilities of those that ask for them: one computation for all that ask for as many."""
+        asked: dict[int, list[tuple[int, int]]] = {}
+        for completion, tokens, _, first in settled:
+            if (count := completion.request.params.logprobs) is not None:
+                asked.setdefault(count, []).extend(enumerate(tokens, start=first))
+        found: dict[int, dict[int, Logprob]] = {}
+        for count, places in asked.items():
+            if places:
+                rows, chosen = zip(*places, strict=True)
+                found |= zip(rows, top_logprobs(logits[list(rows)], chosen, count, self.tokenizer), strict=True)
+        return found
+
+
+class _Settled(NamedTuple):
+    """Tokens that a completion takes, how many of them are its draft's, and the row of the first."""
+
+    completion: Completion
+    tokens: Sequence[int]
+    accepted: int
+    first: int
 
 
 def _rows(completions: Sequence[Completion]) -> list[LogitsRow]:

@@ -40,6 +40,9 @@ from gristmill.model.encoder_decoder import EncoderDecoder
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
 
+_MOST_COMPLETIONS = 4096
+"""Of one request, each of which takes memory from the moment it is queued."""
+
 RunnerFactory = Callable[[int, int], Runner]
 """Makes a runner for so many blocks of so many tokens."""
 
@@ -316,6 +319,8 @@ class Engine:
     def _check(self, ids: Ids[int], params: SamplingParams) -> None:
         if not ids:
             raise RequestError("the prompt is empty", field="prompt")
+        if params.n > _MOST_COMPLETIONS:
+            raise RequestError(f"n is {params.n}; at most {_MOST_COMPLETIONS} completions are made at once", field="n")
         self.token_ids("stop_token_ids", params.stop_token_ids or ())
         self.token_ids("logit_bias", params.logit_bias or ())
         if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
@@ -416,8 +421,6 @@ class Engine:
         """Let another completion of a prompt choose its first token from the same state."""
         if other.slot is not None or not self.scheduler.fork(completion, other):
             return False
-        self.metrics.prompt_tokens += other.num_prompt_tokens
-        self.metrics.cached_prompt_tokens += other.num_cached_tokens
         self.chooser.enter(other)
         return True
 

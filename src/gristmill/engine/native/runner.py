@@ -50,12 +50,13 @@ class NativeRunner:
     """`Runner` in C++, on the CPU.
 
     kind: what floating weights become: float32, bfloat16, int8_weights, or int8 or int4, the last two with activations
-    rounded to eight bits; layers that are quantised already stay what they are. group_size is for int4; matrices
-    that groups do not divide, and the output head, become int8 instead. kv_dtype: float32, bfloat16 or int8. threads:
-    None for torch's number. release: put the packed layers into the model in place of its own, whose memory is then free; the model goes
-    on to work, for inference.
+    rounded to eight bits; layers that are quantised already stay what they are. group_size is for int4; matrices that
+    groups do not divide, and the output head, become int8 instead. kv_dtype: float32, bfloat16 or int8. threads: None
+    for torch's number. release: put the packed layers into the model in place of its own, whose memory is then free;
+    the model goes on to work, for inference.
 
-    Raises RequestError for a model that `native_refusal` refuses, an unknown kind, another kv_dtype, or numbers below 1.
+    Raises RequestError for a model that `native_refusal` refuses, an unknown kind, another kv_dtype, or numbers below
+    1.
     """
 
     def __init__(
