@@ -4,6 +4,10 @@ from __future__ import annotations
 
 _WEIGHT = 0.2
 """Of a new measurement in the running means."""
+_SURPRISE = 2.0
+"""A measurement counts as at most so many times the mean, or the reverse: a step may stall for reasons of its own."""
+_PROBE = 16
+"""Prompt tokens of a step as long as the costs are not known."""
 
 
 class Pacing:
@@ -20,10 +24,10 @@ class Pacing:
 
     def limit(self, deciding: int) -> int | None:
         """Most prompt tokens of the next step, in which `deciding` sequences wait for a token; None for no limit."""
-        if self.stretch is None or deciding == 0 or self._step is None:
+        if self.stretch is None or deciding == 0:
             return None
-        if self._token is None:
-            return 16  # a first probe
+        if self._step is None or self._token is None:
+            return _PROBE
         return max(1, int((self.stretch - 1.0) * self._step / self._token))
 
     def measured(self, seconds: float, deciding: int, prompt_tokens: int) -> None:
@@ -32,8 +36,11 @@ class Pacing:
             self._step = _mean(self._step, seconds)
         elif prompt_tokens:
             added = seconds - (self._step or 0.0 if deciding else 0.0)
-            self._token = _mean(self._token, max(added, 1e-9) / prompt_tokens)
+            if added > 0:
+                self._token = _mean(self._token, added / prompt_tokens)
 
 
 def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _WEIGHT * (new - old)
+    if old is None:
+        return new
+    return old + _WEIGHT * (min(max(new, old / _SURPRISE), old * _SURPRISE) - old)

@@ -50,8 +50,8 @@ extern "C" void attend_chunks(long heads, long kv_heads, long dim, int kind, lon
 }
 """
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-BOUNDS = (1e-5, 1e-2, 1e-2)
-"""Largest error for values of about 1; queries and weights are rounded to bfloat16 for the last two."""
+BOUNDS = (1e-5, 3e-2, 3e-2)
+"""Largest error for values up to about 4; queries and weights are rounded to bfloat16 for the last two."""
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def reference(query: Tensor, stores: list[Tensor], slots: Tensor, chunks: list[t
 CHUNKS = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 50)), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 1000), CHUNKS, st.sampled_from([(9, 3), (4, 1), (8, 8), (10, 5)]),
     st.sampled_from([16, 20, 64, 128]), st.sampled_from([0, 0, 1, 70, 200]), st.sampled_from([0, 1, 2]),

@@ -69,7 +69,8 @@ GRISTMILL_INLINE void store_bfloat16(uint16_t* to, Floats x, long count) {
 #endif
 }
 
-// 2^x. Relative error 1e-7, or 8e-5 when `coarse`, which is below the rounding of bfloat16. -inf gives 0, NaN stays.
+// 2^x. Relative error 1e-7, and 2^0 is 1; or 8e-5 when `coarse`, which is below the rounding of bfloat16. -inf gives 0,
+// NaN stays.
 template <bool coarse = false>
 GRISTMILL_INLINE Floats exp2_of(Floats x) {
 #if defined(GRISTMILL_AVX512)
@@ -88,11 +89,11 @@ GRISTMILL_INLINE Floats exp2_of(Floats x) {
         power = fused(power, part, splat(0.693261018f));
         power = fused(power, part, splat(0.999928075f));
     } else {
-        power = fused(splat(0.00132764518f), part, splat(0.00967554117f));
-        power = fused(power, part, splat(0.0555071334f));
-        power = fused(power, part, splat(0.240221197f));
-        power = fused(power, part, splat(0.693146967f));
-        power = fused(power, part, splat(1.00000007f));
+        power = fused(splat(0.00132647201f), part, splat(0.00967151314f));
+        power = fused(power, part, splat(0.0555073377f));
+        power = fused(power, part, splat(0.240222421f));
+        power = fused(power, part, splat(0.693146978f));
+        power = fused(power, part, splat(1.0f));
     }
 #if defined(GRISTMILL_AVX512)
     return (Floats)_mm512_scalef_ps((__m512)power, (__m512)whole);
