@@ -106,7 +106,7 @@ def test_finished_lines_are_not_computed_again(llm: LLM, tmp_path: Path, monkeyp
         ("[1]", "found list"),
         ({"prompt": "a", "temperatur": 1}, "Did you mean temperature"),
         ({"prompt": "a", "temperature": -1}, "temperature must be"),
-        ({"prompt": "a", "stop": 5}, "not of their types"),
+        ({"prompt": "a", "stop": 5}, "stop must be a text"),
         ({"prompt": "a", "n": 2}, "n has no place"),
         ({"prompt": "a", "logprobs": 1}, "logprobs has no place"),
         ({"prompt": ""}, "the prompt is empty"),

@@ -19,7 +19,7 @@ from gristmill.core import AttentionRule, SamplingParams
 from gristmill.engine.memory.block_pool import salt
 from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
 from gristmill.engine.memory.sources import Source, SourcePool
-from gristmill.engine.runner import TorchRunner
+from gristmill.engine.runner import Runner, RunnerFactory, TorchRunner
 from gristmill.errors import RequestError
 from gristmill.model.accounting import flops_per_token, source_matrix_parameters
 from gristmill.model.attention.layer import Project
@@ -27,6 +27,7 @@ from gristmill.model.attention.packed import PackedAttention, PackedCross, segme
 from gristmill.model.config import EncoderDecoderConfig
 from gristmill.model.encoder import Encoder
 from gristmill.model.encoder_decoder import EncoderDecoder
+from gristmill.model.transformer import Transformer
 
 
 class PagedMemory:
@@ -157,3 +158,15 @@ def _source(chunk: Chunk) -> Source:
     if chunk.source is None:
         raise RequestError("this decoder reads an encoder: the sequence has no source", field="source")
     return chunk.source
+
+
+def torch_runner(model: Transformer | EncoderDecoder, kv_dtype: torch.dtype | None) -> RunnerFactory:
+    """Runs a model of either kind in plain PyTorch; kv_dtype None for the type of its weights."""
+    dtype = kv_dtype or next(model.parameters()).dtype
+
+    def make(num_blocks: int, block_size: int) -> Runner:
+        if isinstance(model, EncoderDecoder):
+            return EncoderDecoderRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype)
+        return TorchRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype)
+
+    return make

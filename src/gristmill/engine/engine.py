@@ -7,7 +7,6 @@ thread owns an engine.
 from __future__ import annotations
 
 import itertools
-import operator
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from gristmill.core import LogitsProcessor, Prompt, RequestOutput, SamplingParams
 from gristmill.engine import encoder_decoder
+from gristmill.engine.admission import Admission
 from gristmill.engine.choosing import Chooser
 from gristmill.engine.constraints.processor import Constraints
 from gristmill.engine.handover import Blocks, Handover, export_completion, restore_completion
@@ -28,23 +28,16 @@ from gristmill.engine.memory.sources import SourcePool
 from gristmill.engine.metrics.counters import EngineMetrics
 from gristmill.engine.pacing import Pacing
 from gristmill.engine.request import Completion, Request, Standing
-from gristmill.engine.runner import Runner, TorchRunner
+from gristmill.engine.runner import RunnerFactory
 from gristmill.engine.sampling.logprobs import prompt_logprobs
 from gristmill.engine.scheduling.policies import Policy
 from gristmill.engine.scheduling.scheduler import Scheduled, Scheduler
 from gristmill.engine.speculation.adaptive import AdaptiveProposer
-from gristmill.engine.speculation.proposer import DraftRequest, Proposer
-from gristmill.engine.stopping import generation_flops
+from gristmill.engine.speculation.proposer import Proposer
 from gristmill.errors import RequestError
 from gristmill.model.encoder_decoder import EncoderDecoder
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
-
-_MOST_COMPLETIONS = 4096
-"""Of one request, each of which takes memory from the moment it is queued."""
-
-RunnerFactory = Callable[[int, int], Runner]
-"""Makes a runner for so many blocks of so many tokens."""
 
 
 class Engine:
@@ -102,9 +95,7 @@ class Engine:
         self.max_model_len = max_model_len or min(context, kv_cache_tokens or context)
         # a whole request always fits, so the oldest one can always go on
         num_blocks = -(-(kv_cache_tokens or max(self.max_model_len, 16_384)) // block_size)
-        self.runner = (
-            runner(num_blocks, block_size) if runner else _torch_runner(model, kv_cache_dtype)(num_blocks, block_size)
-        )
+        self.runner = (runner or encoder_decoder.torch_runner(model, kv_cache_dtype))(num_blocks, block_size)
         self.pool = BlockPool(num_blocks, block_size)
         self.sources = SourcePool(num_blocks, block_size, caching=prefix_caching) if self.pair else None
         self.scheduler = Scheduler(
@@ -118,6 +109,9 @@ class Engine:
         vocabulary = self.config.vocab_size
         own = Constraints(tokenizer, vocabulary, self.max_model_len)
         self.chooser = Chooser(self.runner, tokenizer, vocabulary, own, processors)
+        self.admission = Admission(
+            self.config, self.pair, tokenizer, self.chooser.sampler, self.max_model_len, self.sources
+        )
         self.pacing, self.metrics, self.clock = Pacing(itl_stretch), EngineMetrics(), clock
         self.proposer: AdaptiveProposer | None = None
         if proposer is not None:
@@ -149,7 +143,7 @@ class Engine:
         if ids and self.pair is not None and self.sources is not None:
             source = encoder_decoder.new_source(ids, params, standing.cache_salt, self.pair, self.sources)
             ids = [self.pair.decoder_start_token_id]
-        self._check(ids, params)
+        self.admission.check(ids, params)
         seed = params.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
@@ -165,7 +159,7 @@ class Engine:
             clock=self.clock,
             standing=standing,
             # every prompt token's own log-probability needs its state, which a cached block does not hold
-            flops=self._flops(len(source.ids if source else ids)),
+            flops=self.admission.flops(len(source.ids if source else ids)),
             cache_root=None if params.prompt_logprobs is not None else salt(*filter(None, [standing.cache_salt])),
             source=source,
         )
@@ -273,36 +267,17 @@ class Engine:
                 self._late.append(completion)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt; an encoder's text stands between the special tokens that the tokenizer puts around one.
+        """See `Admission.encode`."""
+        return self.admission.encode(prompt)
 
-        Raises RequestError for an id that is none or is not in the vocabulary.
-        """
-        if not isinstance(prompt, str):
-            return self.token_ids("prompt", prompt, self.pair.encoder.vocab_size if self.pair else None)
-        if self.pair is None:
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_framed([prompt])[0][0] if prompt else []
-
-    def token_ids(self, field: str, tokens: Iterable[object], vocabulary: int | None = None) -> list[int]:
-        """The ids as plain integers. Raises RequestError for one that is none or is not in the vocabulary."""
-        vocabulary = vocabulary or self.config.vocab_size
-        ids: list[int] = []
-        for token in tokens:
-            try:
-                index = operator.index(token)  # type: ignore[arg-type]
-            except TypeError:
-                index = -1
-            if not 0 <= index < vocabulary:
-                raise RequestError(f"{field}: token id {token!r} is not in the vocabulary of {vocabulary}", field=field)
-            ids.append(index)
-        return ids
+    def token_ids(self, field: str, tokens: Iterable[object]) -> list[int]:
+        """See `Admission.token_ids`."""
+        return self.admission.token_ids(field, tokens)
 
     @property
     def max_prompt_len(self) -> int:
-        """The longest prompt: `max_model_len`, of which a decoder's prompt is a part, or what an encoder can read."""
-        if self.pair is None or self.sources is None:
-            return self.max_model_len
-        return encoder_decoder.max_source_tokens(self.pair, self.sources)
+        """See `Admission.max_prompt_len`."""
+        return self.admission.max_prompt_len
 
     def check_integrity(self) -> None:
         """Every block is free, cached, or held by the completions that count on it. Raises AssertionError otherwise."""
@@ -310,43 +285,6 @@ class Engine:
         self.pool.check_integrity([completion.block_table for completion in held])
         if self.sources is not None:
             self.sources.pool.check_integrity([c.source.block_table for c in held if c.source is not None])
-
-    def _flops(self, prompt_tokens: int) -> Callable[[int], float]:
-        if self.pair is not None:
-            return encoder_decoder.generation_flops(self.pair, prompt_tokens)
-        return generation_flops(self.config, prompt_tokens)
-
-    def _check(self, ids: Ids[int], params: SamplingParams) -> None:
-        if not ids:
-            raise RequestError("the prompt is empty", field="prompt")
-        if params.n > _MOST_COMPLETIONS:
-            raise RequestError(f"n is {params.n}; at most {_MOST_COMPLETIONS} completions are made at once", field="n")
-        self.token_ids("stop_token_ids", params.stop_token_ids or ())
-        self.token_ids("logit_bias", params.logit_bias or ())
-        if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
-            raise RequestError(f"seed {params.seed} is no signed 64-bit number", field="seed")
-        self.chooser.sampler.validate(params)
-        code = "context_length_exceeded"
-        if len(ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; the context of {self.max_model_len} leaves no room for an answer",
-                field="prompt",
-                code=code,
-            )
-        if params.max_tokens is not None and len(ids) + params.max_tokens > self.max_model_len:
-            raise RequestError(
-                f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of "
-                f"{self.max_model_len}",
-                field="max_tokens",
-                code=code,
-            )
-        if len(ids) + params.min_tokens > self.max_model_len:
-            raise RequestError(
-                f"{len(ids)} prompt tokens and min_tokens {params.min_tokens} exceed the context of "
-                f"{self.max_model_len}",
-                field="min_tokens",
-                code=code,
-            )
 
     def _schedule(self) -> list[Scheduled]:
         """Decide on a step, and have its drafts made."""
@@ -377,7 +315,7 @@ class Engine:
         assert self.proposer is not None
         if not completions:
             return
-        drafts = self.proposer.propose([_draft_request(completion) for completion in completions])
+        drafts = self.proposer.propose([completion.draft_request() for completion in completions])
         for completion, draft in zip(completions, drafts, strict=True):
             assert len(draft.token_ids) <= completion.num_lookahead, "a draft longer than its blocks"
             completion.draft = draft if draft.token_ids else None
@@ -497,34 +435,6 @@ class Engine:
         metrics.schedule_seconds.add(schedule)
         metrics.forward_seconds.add(forward)
         metrics.sample_seconds.add(sample)
-
-
-def _torch_runner(model: Transformer | EncoderDecoder, kv_dtype: torch.dtype | None) -> RunnerFactory:
-    dtype = kv_dtype or next(model.parameters()).dtype
-
-    def make(num_blocks: int, block_size: int) -> Runner:
-        if isinstance(model, EncoderDecoder):
-            return encoder_decoder.EncoderDecoderRunner(
-                model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype
-            )
-        return TorchRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=dtype)
-
-    return make
-
-
-def _draft_request(completion: Completion) -> DraftRequest:
-    assert completion.slot is not None
-    request = completion.request
-    return DraftRequest(
-        slot=completion.slot,
-        token_ids=completion.token_ids,
-        limit=completion.num_lookahead,
-        block_table=completion.block_table,
-        temperature=request.params.temperature,
-        seed=request.seed,
-        index=completion.index,
-        seeded=request.params.seed is not None,
-    )
 
 
 def _need_at_least_one(**options: int | None) -> None:

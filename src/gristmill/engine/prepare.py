@@ -8,15 +8,15 @@ from typing import cast, get_args
 
 import torch
 
-from gristmill.engine.encoder_decoder import EncoderDecoderRunner, PairForward
-from gristmill.engine.engine import Engine, RunnerFactory
+from gristmill.engine.encoder_decoder import PairForward, torch_runner
+from gristmill.engine.engine import Engine
 from gristmill.engine.native import build
 from gristmill.engine.native.decoder import KV_DTYPES as NATIVE_KV_DTYPES
 from gristmill.engine.native.decoder import native_refusal
 from gristmill.engine.native.linear import Kind
 from gristmill.engine.native.runner import NativeRunner
 from gristmill.engine.onednn import can_pack, pack_linears
-from gristmill.engine.runner import Runner, TorchRunner
+from gristmill.engine.runner import Runner, RunnerFactory
 from gristmill.engine.scoring import Forward, PackedForward, PagedForward
 from gristmill.engine.speculation.draft_model import DraftModelProposer, check_same_tokens
 from gristmill.engine.speculation.early_exit import EarlyExitProposer
@@ -31,6 +31,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
 
 QUANTIZATIONS = ("int8", "w8a8", "int4")
+_PAIR = "PyTorch, for an encoder reads the prompts"
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -82,14 +83,16 @@ def prepare(
     fewer_bits = quantization is not None or dtype != "float32"
     kv_dtype = KV_DTYPES[kv_cache_dtype or ("bfloat16" if fewer_bits else "float32")]
     if isinstance(built, EncoderDecoder):
-        return Prepared(built, tokenizer, _pair(built, kv_dtype), "PyTorch, for an encoder reads the prompts", False)
+        return Prepared(
+            built, tokenizer, torch_runner(built, kv_dtype), "PyTorch, for an encoder reads the prompts", False
+        )
     kind = {None: dtype, "int8": "int8_weights", "w8a8": "int8", "int4": "int4"}[quantization]
     refusal = _native_refusal(built, kind, kv_dtype) if fast_kernels else "fast_kernels is off"
     if refusal is None:
         return Prepared(built, tokenizer, _native(built, cast(Kind, kind), kv_dtype), f"native {kind}", True)
     if fast_kernels and quantization is None and can_pack(built):
         pack_linears(built)
-    return Prepared(built, tokenizer, _torch(built, kv_dtype), f"PyTorch, for {refusal}", False)
+    return Prepared(built, tokenizer, torch_runner(built, kv_dtype), f"PyTorch, for {refusal}", False)
 
 
 def proposer_named(name: str, engine: Engine, prepared: Prepared) -> Proposer:
@@ -122,20 +125,6 @@ def proposer_named(name: str, engine: Engine, prepared: Prepared) -> Proposer:
         context=draft.model.config.context,
         block_size=pool.block_size,
     )
-
-
-def _torch(model: Transformer, kv_dtype: torch.dtype) -> RunnerFactory:
-    def make(num_blocks: int, block_size: int) -> Runner:
-        return TorchRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype)
-
-    return make
-
-
-def _pair(model: EncoderDecoder, kv_dtype: torch.dtype) -> RunnerFactory:
-    def make(num_blocks: int, block_size: int) -> Runner:
-        return EncoderDecoderRunner(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype)
-
-    return make
 
 
 def _native(model: Transformer, kind: Kind, kv_dtype: torch.dtype) -> RunnerFactory:

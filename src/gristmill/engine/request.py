@@ -10,7 +10,7 @@ from gristmill.core import CompletionOutput, FinishReason, Logprob, RequestOutpu
 from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.memory.sources import Source
 from gristmill.engine.scheduling.sequence import Sequence
-from gristmill.engine.speculation.proposer import Draft
+from gristmill.engine.speculation.proposer import Draft, DraftRequest
 from gristmill.engine.stopping import Stopper
 from gristmill.tokens.tokenizer import Tokenizer
 
@@ -59,6 +59,21 @@ class Completion(Sequence):
         self.finish_reason, self.stop_reason = reason, stop_reason
         if stop is not None and reason == "length":  # it stood in the tail that was held back
             self.finish_reason, self.stop_reason = "stop", stop
+
+    def draft_request(self) -> DraftRequest:
+        """What a proposer may know of it. It has a slot by then."""
+        assert self.slot is not None
+        params = self.request.params
+        return DraftRequest(
+            slot=self.slot,
+            token_ids=self.token_ids,
+            limit=self.num_lookahead,
+            block_table=self.block_table,
+            temperature=params.temperature,
+            seed=self.request.seed,
+            index=self.index,
+            seeded=params.seed is not None,
+        )
 
     def fail(self, error: str) -> None:
         """End without another token because none can be chosen."""

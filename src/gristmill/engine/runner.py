@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -45,6 +45,10 @@ class Runner(Protocol):
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory that one token takes in all layers."""
+
+
+RunnerFactory = Callable[[int, int], Runner]
+"""Makes a runner for so many blocks of so many tokens."""
 
 
 class TorchRunner:

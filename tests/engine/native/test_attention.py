@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gristmill.assets import cache_root
 from gristmill.core import AttentionRule
 from gristmill.engine.native.build import NATIVE, PORTABLE, SOURCES, compile_library, native_refusal
 from gristmill.model.attention.kernel import rule_attention
@@ -57,18 +57,23 @@ BOUNDS = (1e-5, 3e-2, 3e-2)
 @functools.cache
 def library(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The kernel with an entry of its own, compiled once for the machine."""
-    sources = cache_root() / "native" / "test_attention"
-    sources.mkdir(parents=True, exist_ok=True)
-    for header in ("common.h", "elementwise.h", "attention.h"):
-        shutil.copy(SOURCES / header, sources / header)
-    Path(sources / "entry.cpp").write_text(ENTRY)
-    return ctypes.CDLL(str(compile_library(flags, sources=sources)))
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(folder)
+        for header in ("common.h", "elementwise.h", "attention.h"):
+            shutil.copy(SOURCES / header, sources / header)
+        (sources / "entry.cpp").write_text(ENTRY)
+        return ctypes.CDLL(str(compile_library(flags, sources=sources)))
 
 
 def native(
-    query: Tensor, stores: list[Tensor], slots: Tensor, chunks: list[tuple[int, int]], window: int, flags: tuple[str, ...],
+    query: Tensor,
+    stores: list[Tensor],
+    slots: Tensor,
+    chunks: list[tuple[int, int]],
+    window: int,
+    flags: tuple[str, ...],
     threads: int = 2,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """query (tokens, heads, dim) of all chunks; stores (slots, kv_heads, dim or 1)."""
     out = torch.full_like(query, float("nan"))
     starts, lengths = (torch.tensor(column) for column in zip(*chunks, strict=True))

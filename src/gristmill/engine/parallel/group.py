@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gristmill.engine.engine import RunnerFactory
 from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
-from gristmill.engine.runner import Runner, TorchRunner
+from gristmill.engine.runner import Runner, RunnerFactory, TorchRunner
 from gristmill.errors import GristmillError, RequestError
 from gristmill.model.transformer import Transformer
 

@@ -59,7 +59,7 @@ class Barrier {
             return;
         }
         for (int turn = 0; round.load(std::memory_order_acquire) == now; turn++)
-            if (turn < 20000)
+            if (turn < 1000)
                 __builtin_ia32_pause();
             else
                 sched_yield();  // somebody has no processor of its own
