@@ -6,5 +6,5 @@ diff <(python3 scripts/oldest.py) constraints-oldest.txt || {
   exit 1
 }
 make_venv .venv-oldest --constraint constraints.txt --constraint constraints-oldest.txt \
-  --editable '.[corpus,evaluate,hub,plan,serve]' hypothesis httpx pytest pytest-timeout
+  --editable '.[constrain,corpus,evaluate,hub,plan,serve]' hypothesis httpx jsonschema pytest pytest-timeout
 exec .venv-oldest/bin/python -m pytest -m "not asset and not peer and not browser" -p no:cacheprovider "$@"

