@@ -59,8 +59,8 @@ def library(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The kernel with an entry of its own, compiled once for the machine."""
     with tempfile.TemporaryDirectory() as folder:
         sources = Path(folder)
-        for header in ("common.h", "elementwise.h", "attention.h"):
-            shutil.copy(SOURCES / header, sources / header)
+        for header in SOURCES.glob("*.h"):
+            shutil.copy(header, sources)
         (sources / "entry.cpp").write_text(ENTRY)
         return ctypes.CDLL(str(compile_library(flags, sources=sources)))
 

@@ -3,13 +3,10 @@
 // One parallel region runs all layers; its threads meet at barriers between the phases of a layer. Every phase splits
 // its work so that a row's result does not depend on the split.
 #include <omp.h>
-#include <sched.h>
-
-#include <atomic>
-#include <cstdlib>
 
 #include "attention.h"
 #include "linear.h"
+#include "team.h"
 
 namespace gristmill {
 namespace {
@@ -36,55 +33,13 @@ struct Decoder {
     float *key_scales, *value_scales;
 };
 
-// What Python fills for a step. `rope_rows`: the row of the tables for each token, null where it is the position.
+// What Python fills for a step. The row of a token in the tables is its position, or with rope_by_token its place.
 struct Step {
     int64_t tokens, chunk_count;
     const int64_t *starts, *lengths, *tables, *table_ends;  // tables: block ids, those of chunk i end at table_ends[i]
     const float *cosines[2], *sines[2];
     int64_t rope_by_token;
     float *x, *hidden;  // (tokens, hidden): embedded tokens, which become the residual stream; final states
-};
-
-// Threads of one region wait for each other. They spin: a phase takes microseconds.
-class Barrier {
-    std::atomic<int> waiting{0}, round{0};
-
-  public:
-    void wait(int threads) {
-        if (threads == 1) return;
-        int now = round.load(std::memory_order_relaxed);
-        if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            waiting.store(0, std::memory_order_relaxed);
-            round.store(now + 1, std::memory_order_release);
-            return;
-        }
-        for (int turn = 0; round.load(std::memory_order_acquire) == now; turn++)
-            if (turn < 1000)
-                __builtin_ia32_pause();
-            else
-                sched_yield();  // somebody has no processor of its own
-    }
-};
-
-// Memory that grows and is kept: fresh pages cost as much as a pass over them.
-class Buffer {
-    void* memory = nullptr;
-    size_t size = 0;
-
-  public:
-    ~Buffer() { std::free(memory); }
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    template <class T>
-    T* of(size_t bytes) {
-        if (bytes > size) {
-            std::free(memory);
-            size = round_up(bytes + bytes / 4, 4096);
-            memory = std::aligned_alloc(4096, size);
-            if (!memory) std::abort();
-        }
-        return (T*)memory;
-    }
 };
 
 }  // namespace
@@ -304,12 +259,15 @@ class Stack {
         } else {
             mine.push_back({0, step.tokens, thread, team, row_buffer, inner, row_of(thread)});
         }
+        for (const Part& part : mine) before_attention(step, layers[0], part);
         for (size_t i = 0; i < layers.size(); i++) {
-            for (const Part& part : mine) before_attention(step, layers[i], part);
             barrier.wait(team);
             attention(layers[i], next_item[i], thread);
             barrier.wait(team);
-            for (const Part& part : mine) after_attention(step, layers[i], part);
+            for (const Part& part : mine) {
+                after_attention(step, layers[i], part);
+                if (i + 1 < layers.size()) before_attention(step, layers[i + 1], part);  // while its rows are at hand
+            }
         }
         const Share rows(step.tokens, thread, team);
         for (long t = rows.begin; t < rows.end; t++)
