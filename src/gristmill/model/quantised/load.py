@@ -6,7 +6,8 @@ and rounded again, but for Q4_0, which scheme int4 with groups of 32 keeps as it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def load_quantised(
     elif scheme is None:
         raise RequestError(f"{path}: its weights are floating; name a scheme to quantise them to", field="scheme")
     else:
-        model = _Reader(values, tensors, DTYPES[dtype], str(path)).read(scheme, group_size, head, embedding)
+        with _one_thread():
+            model = _Reader(values, tensors, DTYPES[dtype], str(path)).read(scheme, group_size, head, embedding)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {model.config.vocab_size}"
@@ -89,6 +91,17 @@ def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Tokenizer]:
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(f"{path}: no tokenizer beside the model")
     return read_object(path / "config.json"), ShardedTensors(path), Tokenizer.load(path)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Slabs are small: two threads gain a tenth, and on a busy machine wait ten times as long for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Reader:
