@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from cli.river import SIZES, error, output, write_river
+from engine import helpers
 from gristmill import cli
 from gristmill.errors import CheckpointError, RequestError
 from gristmill.files import write_json
@@ -71,10 +72,12 @@ def test_import_verifies_against_transformers(source: Path, tmp_path: Path, caps
     assert line.startswith("Verified")
 
 
-def encoder(directory: Path) -> Any:
+def encoder(directory: Path, vocab_size: int = 90) -> Any:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=90, max_position_embeddings=40, pad_token_id=3, initializer_range=0.2, **SIZES)
+    config = BertConfig(
+        vocab_size=vocab_size, max_position_embeddings=40, pad_token_id=3, initializer_range=0.2, **SIZES
+    )
     BertModel(config).eval().save_pretrained(directory)
     write_json(
         directory / "modules.json",
@@ -449,11 +452,11 @@ def test_places_with_spaces_and_relative_ones(
 @pytest.mark.peer
 @pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
 def test_an_encoder_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    encoder(tmp_path / "bert")
+    encoder(tmp_path / "bert", vocab_size=helpers.VOCABULARY)
+    helpers.tokenizer().save(tmp_path / "bert")
     options = ["--prompt", "hi"] if verb == "generate" else []
     assert cli.main([verb, str(tmp_path / "bert"), *options]) == 1
-    said = capsys.readouterr().err
-    assert "an encoder with a head (pooled_encoder): take gristmill.model.sentence.SentenceEncoder" in said
+    assert "is an encoder: it reads whole texts and has no next token" in capsys.readouterr().err
 
 
 def test_what_lies_behind_a_linked_folder_is_not_copied(source: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Config(Loading, Sampling):
 def run(config: Config) -> int:
     """The conversation loop. A message that cannot be answered is reported and forgotten; the talk goes on."""
     llm = LLM(config.model, **config.loading, seed=secrets.randbits(32))  # a seed that was asked for is the request's
+    _ = llm.renderer  # a model that cannot chat is told before anybody types
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{llm.model_name}, context of {llm.max_model_len} tokens. {_HELP}", file=sys.stderr)

@@ -85,9 +85,9 @@ def test_requests_of_a_lost_worker_are_answered_by_another(saved: Path, how: sig
 
 
 def test_a_request_that_takes_its_workers_along_is_answered_with_the_error(saved: Path) -> None:
-    with ReplicatedLLM(saved, 3, threads=1, balancer=_Next(), **OPTIONS) as llm:
-        for process in llm.process_ids[:2]:
-            os.kill(process, signal.SIGKILL)
+    deadly = _Deadly()
+    with ReplicatedLLM(saved, 3, threads=1, balancer=deadly, **OPTIONS) as llm:
+        deadly.victims = list(llm.process_ids[:2])
         (output,) = llm.generate([PROMPTS[1]], SAMPLED)
         assert output.outputs[0].finish_reason == "error"
         assert "died each of the 2 times" in str(output.outputs[0].error)
@@ -101,10 +101,17 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
         ReplicatedLLM(tmp_path, 0)
 
 
-class _Next:
-    """The first worker that is believed to live."""
+class _Deadly:
+    """Takes the first worker that is believed to live, and sees to it that it is stopped before it can answer."""
+
+    def __init__(self) -> None:
+        self.victims: list[int] = []
 
     def choose(self, load: object, workers: list[object]) -> int:
+        if self.victims:
+            process = self.victims.pop(0)
+            os.kill(process, signal.SIGSTOP)
+            threading.Timer(0.2, os.kill, (process, signal.SIGKILL)).start()
         return 0
 
 
