@@ -46,13 +46,14 @@ def check(prompt_ids: list[int], output_ids: list[int]) -> None:
 
 @pytest.mark.asset
 @pytest.mark.peer
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("count", "options"),
     [
         (64, {}),
-        (8, {"fast_kernels": False}),
-        (16, {"block_size": 5, "max_num_batched_tokens": 24, "kv_cache_tokens": 300, "max_model_len": 128}),
-        (16, {"speculation": "ngram", "prefix_caching": False}),
+        (4, {"fast_kernels": False}),
+        (8, {"block_size": 5, "max_num_batched_tokens": 24, "kv_cache_tokens": 200, "max_model_len": 128}),
+        (8, {"speculation": "ngram", "prefix_caching": False}),
     ],
     ids=["64 prompts", "plain PyTorch", "chunks and preemption", "n-gram speculation"],
 )
@@ -67,7 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(count: int, options: dict[str, 
         assert llm.engine.metrics.preempted > 0
     if "speculation" in options:
         assert llm.engine.metrics.accepted_tokens > 0
-    again = llm.generate(PROMPTS[::8], GREEDY)  # the prompts are in the prefix cache now, where there is one
+    again = llm.generate(PROMPTS[::16], GREEDY)  # the prompts are in the prefix cache now, where there is one
     wanted = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in outputs}
     assert [o.outputs[0].token_ids for o in again] == [wanted[tuple(o.prompt_token_ids)] for o in again]
 
