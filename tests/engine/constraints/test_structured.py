@@ -159,7 +159,7 @@ def test_an_engine_serves_forms_beside_free_text(speculation: bool) -> None:
     """Batched with others, from a pool that preempts, drafted for or not: each output is what it is alone."""
 
     def build() -> Engine:
-        target = helpers.engine(processors=[constraints()], kv_cache_tokens=128)
+        target = helpers.engine(kv_cache_tokens=128)
         if speculation:
             target.speculate(NgramProposer(min_n=1))
         return target
