@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, Self, TypedDict, cast, runtime_checkable
 
 from gristmill.errors import RequestError, closest
 
@@ -24,11 +24,30 @@ Prompt = str | Sequence[int]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class FunctionCall(TypedDict):
+    """What a model asks for: `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """One call in an assistant's message."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation. The optional fields are OpenAI's; `content` is "" beside calls alone."""
 
     role: str
     content: str
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[Sequence[ToolCall]]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +71,14 @@ class StructuredOutput:
     """A call of one of these tools (name and parameters, or OpenAI's form) as {"name": ..., "arguments": {...}}."""
     compact: bool = False
     """JSON without white space; else there may be one line break and 16 blanks wherever JSON has white space."""
+    outside: tuple[str, str] | None = None
+    """(opening, closing): the form begins after a passage between these (reasoning), if the output begins with one.
+    With an empty opening the output begins within it."""
+    markers: Sequence[str] = ()
+    """Special tokens of the vocabulary that may spell parts of the form, as any other tokens may."""
+    detour: float | None = None
+    """Of a grammar, where it is known: a token takes an output at most so many bytes farther from its end, and so many
+    more for each of its characters that structure JSON. Spares trials of tokens."""
 
     def __post_init__(self) -> None:
         kinds = {
@@ -72,6 +99,15 @@ class StructuredOutput:
         if not isinstance(value, kinds[given[0]]):
             named = " or ".join(kind.__name__ for kind in kinds[given[0]])
             raise RequestError(f"structured.{given[0]} must be {named}, got {value!r}", field=f"structured.{given[0]}")
+        if self.outside is not None and not (_is_pair(self.outside, str) and self.outside[1]):
+            raise RequestError(
+                f"structured.outside must be (opening, closing), texts, got {self.outside!r}",
+                field="structured.outside",
+            )
+        if not isinstance(self.markers, list | tuple) or not all(isinstance(one, str) for one in self.markers):
+            raise RequestError(
+                f"structured.markers must be a list of texts, got {self.markers!r}", field="structured.markers"
+            )
 
     @property
     def kind(self) -> str:
@@ -135,6 +171,9 @@ class SamplingParams:
     """Seed of this request; None draws from the engine's seed. The batch around it has no influence."""
     stop: str | Sequence[str] | None = None
     """Strings that end the output; they are not part of the returned text."""
+    stop_outside: tuple[str, str] | None = None
+    """(opening, closing): no stop string counts in a passage between these with which the output begins (reasoning).
+    With an empty opening the output begins within it."""
     stop_token_ids: Sequence[int] | None = None
     """Token ids that end the output, besides the model's own."""
     include_stop_str_in_output: bool = False
@@ -207,6 +246,8 @@ class SamplingParams:
         stops = isinstance(self.stop, str | Sequence | None) and not isinstance(self.stop, bytes)
         need("stop", stops and all(isinstance(stop, str) for stop in self.stop_strings), "a text or a list of texts")
         need("stop", all(self.stop_strings), "without empty strings")
+        need("stop_outside", self.stop_outside is None or _is_pair(self.stop_outside, str), "(opening, closing), texts")
+        need("stop_outside", self.stop_outside is None or bool(self.stop_outside[1]), "with a closing text")
         need("stop_token_ids", isinstance(self.stop_token_ids, Iterable | None), "a list of token ids")
         biases = self.logit_bias.values() if isinstance(self.logit_bias, Mapping) else ()
         need("logit_bias", isinstance(self.logit_bias, Mapping | None), "of token ids and numbers")
@@ -267,6 +308,15 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def stops_count_from(self, text: str) -> int:
+        """Where in an output stop strings begin to count; its length while that is not there."""
+        opening, closing = self.stop_outside or ("", "")
+        begun = text.lstrip()
+        if not closing or not (begun.startswith(opening) or opening.startswith(begun)):
+            return 0
+        at = text.find(closing, len(text) - len(begun) + len(opening))
+        return len(text) if at < 0 else at + len(closing)
 
     def ending_at(self, token_ids: Sequence[int]) -> SamplingParams:
         """The same, ending at these tokens too (those that close a chat turn), unless `ignore_eos`."""

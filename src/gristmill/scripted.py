@@ -191,7 +191,8 @@ class ScriptedLM(LanguageModel):
                 kept = length if params.include_stop_str_in_output else length - 1
                 return ids, decode(kept), "stop", token
             text = decode(length)
-            found = [(text.find(stop), stop) for stop in params.stop_strings if stop in text]
+            since = params.stops_count_from(text)
+            found = [(at, stop) for stop in params.stop_strings if (at := text.find(stop, since)) >= 0]
             if found:
                 start, stop = min(found)
                 kept = start + len(stop) if params.include_stop_str_in_output else start

@@ -39,6 +39,7 @@ PROBES: dict[str, Any] = {
     "logit_bias": {5: 1.0},
     "seed": 3,
     "stop": "zq",
+    "stop_outside": ("zq", "qz"),
     "stop_token_ids": [5],
     "include_stop_str_in_output": True,
     "ignore_eos": True,

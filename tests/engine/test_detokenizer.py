@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
@@ -13,18 +13,15 @@ from tokenizers import decoders, models
 from engine.helpers import tokenizer
 from gristmill.core import SamplingParams
 from gristmill.engine.detokenizer import Detokenizer
-from gristmill.serve.token_bytes import token_bytes
 from gristmill.tokens.tokenizer import Tokenizer
 
 BYTES = tokenizer()
 FFFD = "\N{REPLACEMENT CHARACTER}"
 
 
-BYTE_IDS = {
-    bytes(spelled): index
-    for index in range(BYTES.vocab_size)
-    if (spelled := token_bytes(BYTES, index, BYTES.decode([index]))) is not None
-}
+BYTE_TABLE = BYTES.token_bytes
+assert BYTE_TABLE is not None
+BYTE_IDS = {BYTE_TABLE.join([index], skip_special_tokens=True): index for index in reversed(range(BYTES.vocab_size))}
 
 
 def byte_ids(data: bytes) -> list[int]:
@@ -218,3 +215,37 @@ def test_any_tokens_decode_as_the_backend_does(ids: list[int], skip: bool, split
         detokenizer.append(ids[at : at + split[0]])
     detokenizer.finish()
     assert detokenizer.text == tokens.decode(ids, skip_special_tokens=skip)
+
+
+tagged = st.lists(st.sampled_from(["a", "b", " ", "\n", "<t>", "</t>", "<", "/t>", "é"]), max_size=14).map("".join)
+
+
+@example("aabaab", ("aab", "ab"), ["a"], [1], False)
+@given(tagged, st.sampled_from([("<t>", "</t>"), ("", "</t>"), ("aab", "ab")]), stops, sizes, st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_count_only_outside_the_passage(
+    text: str, outside: tuple[str, str], wanted: list[str], parts: list[int], keep: bool
+) -> None:
+    params = SamplingParams(stop=wanted, stop_outside=outside, include_stop_str_in_output=keep)
+    since = params.stops_count_from(text)
+    plain = SamplingParams(stop=wanted, include_stop_str_in_output=keep)
+    rest, expected = feed(byte_ids(text[since:].encode()), parts, plain)
+    seen, found = feed(byte_ids(text.encode()), [1], params)
+    assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
+    assert (seen[-1], found) == (text[:since] + rest[-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "outside", "since"),
+    [
+        ("<t>a</t>b", ("<t>", "</t>"), 8),
+        (" \n<t>a</t>b", ("<t>", "</t>"), 10),
+        ("b<t>a</t>b", ("<t>", "</t>"), 0),
+        ("a</t>b", ("", "</t>"), 5),
+        ("<t>a", ("<t>", "</t>"), 4),
+        ("<", ("<t>", "</t>"), 1),
+        ("a", None, 0),
+    ],
+)
+def test_where_stop_strings_begin_to_count(text: str, outside: tuple[str, str] | None, since: int) -> None:
+    assert SamplingParams(stop_outside=outside).stops_count_from(text) == since

@@ -25,6 +25,7 @@ class Detokenizer:
         self._stops = params.stop_strings
         self._first = re.compile("|".join(re.escape(stop[0]) for stop in self._stops))
         self._keep_stop = params.include_stop_str_in_output
+        self._outside = params.stop_outside  # None as soon as the passage is over
         table = tokenizer.token_bytes
         self._decoder: _Decoder = (
             _Windows(tokenizer, params.skip_special_tokens)
@@ -60,6 +61,10 @@ class Detokenizer:
 
     def _take(self, new: str, *, final: bool = False) -> str | None:
         """Add decoded text, but not the end of it that may become a stop string."""
+        if self._outside is not None:
+            new = self._beyond_passage(self._held + new, *self._outside, final=final)
+            if self._outside is not None:
+                return None
         window = self._held + new
         if self._first.search(window) is None:  # as for most tokens
             self._stopped, self._held = None, ""
@@ -67,10 +72,32 @@ class Detokenizer:
             return None
         found = self._find_stop(window, len(self._held))
         self._stopped = None if found is None else self._text + window[: found[0]]
-        release = len(window) if final else len(window) - self._beginning(window)
+        release = len(window) if final else len(window) - _beginning(window, self._stops)
         self._text += window[:release]
         self._held = window[release:]
         return None if found is None else found[1]
+
+    def _beyond_passage(self, window: str, opening: str, closing: str, *, final: bool) -> str:
+        """Add what belongs to the passage in which stop strings do not count; returns what comes after it."""
+        begun = window.lstrip()
+        self._held = window
+        if opening and not begun.startswith(opening):
+            if final:
+                self._text, self._held = self._text + window, ""
+            elif not opening.startswith(begun):
+                self._outside, self._held = None, ""
+                return window
+            return ""
+        since = window.find(opening) + len(opening)
+        at = window.find(closing, since)
+        if at >= 0:
+            self._outside, self._held, end = None, "", at + len(closing)
+            self._text += window[:end]
+            return window[end:]
+        end = len(window) if final else len(window) - _beginning(window[since:], [closing])
+        self._outside, self._held = ("", closing), window[end:]
+        self._text += window[:end]
+        return ""
 
     def _find_stop(self, window: str, searched: int) -> tuple[int, str] | None:
         """Where the text ends that the earliest stop string leaves, and that string."""
@@ -83,15 +110,16 @@ class Detokenizer:
             return found
         return found[0] + len(found[1]), found[1]
 
-    def _beginning(self, window: str) -> int:
-        """Length of the longest tail that is the beginning of a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(window)), longest, -1):
-                if window.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def _beginning(window: str, marks: Sequence[str]) -> int:
+    """Length of the longest tail that is the beginning of one of the marks."""
+    longest = 0
+    for mark in marks:
+        for length in range(min(len(mark) - 1, len(window)), longest, -1):
+            if window.endswith(mark[:length]):
+                longest = length
+                break
+    return longest
 
 
 class _Decoder(Protocol):

@@ -8,18 +8,27 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
-from gristmill.errors import DataError, RequestError, closest
-from gristmill.serve.request import REFUSED, REFUSED_IN_MESSAGE, ChatCompletionRequest, ChatMessage
-from gristmill.serve.response import ErrorBody, ErrorDetail
+from gristmill.errors import DataError, RequestError
+from gristmill.serve.wire.base import UNSUPPORTED
+from gristmill.serve.wire.models import ErrorBody, ErrorDetail
 
 
 class ApiError(HTTPException):
     """An answer with an error status. `param` names the field at fault, `code` is for programs."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}) or None)
         self.param = param
         self.code = code
 
@@ -39,14 +48,18 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal error; the server's log has it under this answer's x-request-id")
 
 
-def refusal(error: RequestError | DataError, request: ChatCompletionRequest) -> ApiError:
-    """400 for a request that the engine or the chat template refuses, under the field's name in the request."""
+def closing() -> ApiError:
+    """The answer to whoever comes while the server, or a model of it, ends."""
+    return ApiError(503, "the server is closing", code="server_closing")
+
+
+def refusal(error: RequestError | DataError, fields: Mapping[str, str]) -> ApiError:
+    """400 for a request that the engine or the chat template refuses. `fields` are the names that the request has for
+    those of the error: of the engine's parameters, and "conversation" for what a chat template refuses."""
     if isinstance(error, DataError):
-        return ApiError(400, str(error), param="messages", code="invalid_messages")
-    renamed = {"prompt": "messages", "logprobs": "top_logprobs"}
-    if request.max_completion_tokens is not None:
-        renamed["max_tokens"] = "max_completion_tokens"
-    param = renamed.get(error.field, error.field) if error.field else None
+        return ApiError(400, str(error), param=fields.get("conversation", "messages"), code="invalid_messages")
+    name, dot, rest = (error.field or "").partition(".")
+    param = None if error.field is None else fields.get(name, f"{name}{dot}{rest}")
     return ApiError(400, str(error), param=param, code=error.code or "invalid_value")
 
 
@@ -74,16 +87,25 @@ def _from_http(error: HTTPException) -> ApiError:
 
 def _from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The first thing that is wrong; unknown fields first, as they often explain the rest."""
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    first = min(errors, key=lambda error: error["type"] != UNSUPPORTED)
     kind, location = first["type"], tuple(first["loc"])[1:]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at {location[0]}", code="invalid_json")
+    if first["loc"][0] != "body" or isinstance(body, FormData):  # of the query, or of an upload's form
+        name = str(location[0])[:200]
+        return ApiError(400, f"{name}: {first['msg']}", param=name, code="invalid_value")
     if not isinstance(body, dict):
         return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
     path = _path_in(body, location, missing=kind == "missing")
+    param: str | None
+    if kind == UNSUPPORTED:
+        param = _spelled([*path, first["ctx"]["field"]])
+        reason = str(first["ctx"]["reason"])
+        separator = " is an " if reason.startswith("unknown") else " is not supported: "
+        return ApiError(400, f"{param}{separator}{reason}", param=param, code="unsupported_parameter")
+    if kind.startswith("union_tag") and "discriminator" in first["ctx"]:
+        path.append(str(first["ctx"]["discriminator"]).strip("'"))
     param = _spelled(path) or None
-    if kind == "extra_forbidden":
-        return ApiError(400, _why_refused(path, param or ""), param=param, code="unsupported_parameter")
     if kind == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     what = str(first["msg"]).removeprefix("Value error, ")
@@ -96,14 +118,12 @@ def _from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError
 def _path_in(body: Any, location: Iterable[str | int], *, missing: bool) -> list[str | int]:
     """Pydantic's location without the names of union branches: the steps that one can go in the body itself."""
     path: list[str | int] = []
-    value = body
-    for step in location:
+    value, steps = body, list(location)
+    for step in steps:
         if _leads_on(value, step):
             value = value[step]
             path.append(step)
-        elif missing and isinstance(value, dict):
-            path.append(step)
-    return path
+    return [*path, steps[-1]] if missing else path
 
 
 def _leads_on(value: Any, step: str | int) -> bool:
@@ -115,19 +135,6 @@ def _leads_on(value: Any, step: str | int) -> bool:
 def _spelled(path: Sequence[str | int]) -> str:
     """messages[0].content"""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")[:200]
-
-
-def _why_refused(path: Sequence[str | int], param: str) -> str:
-    name = str(path[-1])
-    if len(path) == 1:
-        reasons, known = REFUSED, list(ChatCompletionRequest.model_fields)
-    elif path[0] == "messages" and len(path) == 3:
-        reasons, known = REFUSED_IN_MESSAGE, list(ChatMessage.model_fields)
-    else:
-        reasons, known = {}, []
-    if name in reasons:
-        return f"{param} is not supported: {reasons[name]}."
-    return f"unknown field {param}.{closest(name[:200], known)}"
 
 
 def _sendable(text: str) -> str:

@@ -11,30 +11,40 @@ Everything from the cut to the stop token that closes the answer is learned; all
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
 from gristmill.core import Message, Rendered
 from gristmill.errors import DataError
+from gristmill.tokens.messages import Turn, check_messages, check_tools, in_hermes_form, texts_in, turns_of
+from gristmill.tokens.probes import check_template, knows_developer, knows_tools, prompt_tokens
 from gristmill.tokens.templates import CHATML, ChatTemplate
 from gristmill.tokens.tokenizer import Tokenizer
 
-_PROBE: list[Message] = [
-    {"role": "user", "content": "Where do herons nest?"},
-    {"role": "assistant", "content": "Tall trees."},
-    {"role": "user", "content": "Since when?"},
-    {"role": "assistant", "content": "Early spring."},
-]
-_SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
+_BOTH = (False, True)
+
+
+class Prompt(NamedTuple):
+    """A rendered prompt: its text, and where each earlier answer begins in it (number of the turn -> character)."""
+
+    text: str
+    starts: dict[int, int]
 
 
 class JinjaRenderer:
     """Renders with any Hugging Face Jinja chat template: `template`, else the tokenizer's own, else ChatML.
 
     The template is tried on a small conversation first. Raises DataError when it is not prefix-preserving, ignores
-    `add_generation_prompt` or never puts a stop token after an answer. `allow_special` lets message content spell
-    special tokens, which then mean what they mean to the model; leave it off for text you did not write.
+    `add_generation_prompt` or never puts a stop token after an answer. Where only the prompt opens the reasoning
+    (DeepSeek-R1), prompts are rendered and `render` refuses. `allow_special` lets message content spell special tokens,
+    which then mean what they mean to the model; leave it off for text you did not write.
+
+    Tools are given to a template that prints tools, calls and results; for any other the conversation takes the form of
+    `messages.in_hermes_form`. The role developer becomes system where the template does not tell it from any other.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, *, allow_special: bool = False) -> None:
@@ -46,7 +56,7 @@ class JinjaRenderer:
         self._stop_token_ids = tuple(dict.fromkeys([*tokenizer.stop_token_ids, closing]))
         self._stop_tokens = [token for index in self._stop_token_ids if (token := tokenizer.token_of(index))]
         self._special_tokens = sorted(
-            {*tokenizer.special_tokens, *self._stop_tokens, *_prompt_tokens(self.template, tokenizer)}
+            {*tokenizer.special_tokens, *self._stop_tokens, *prompt_tokens(self.template, tokenizer)}
         )
         self._backend = _without_post_processor(tokenizer.backend)
         self._adds_prefix = _adds_prefix(tokenizer)
@@ -56,68 +66,153 @@ class JinjaRenderer:
         """The tokenizer's stop tokens and the token with which the template closes an answer."""
         return self._stop_token_ids
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template prints descriptions of tools, calls and results."""
+        return knows_tools(self.template)
+
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendered:
         """The whole conversation for training; answers and the stop tokens that close them have mask 1.
 
         Raises DataError for an empty conversation, one without an assistant message (nothing would be learned), a
         role or content that the template refuses, drops or rewrites, and content that spells a special token.
         """
-        self._check(messages)
-        if not any(message["role"] == "assistant" for message in messages):
+        turns, own_tools = self._turns(messages, tools)
+        if not any(turn["role"] == "assistant" for turn in turns):
             raise DataError("no message has the role assistant, so nothing would be learned. Add an answer.")
-        text = self.template.text(messages)
-        self._check_printed(messages, text)
-        starts = self.template.answer_starts(messages, text)
+        text = self.template.text(turns, tools=own_tools)
+        added = len(turns) - len(messages)
+        self._check_printed(turns, text, added)
+        starts = self.template.answer_starts(turns, text, tools=own_tools)
         ids, offsets, firsts = self._encode(text, starts)
         mask = [0] * len(ids)
         ends = [*firsts[1:], len(ids)]
         for (index, start), first, end in zip(starts.items(), firsts, ends, strict=True):
-            content = messages[index]["content"]
-            stop = self._closing_position(ids, first, end, content)
+            stop = self._closing_position(ids, first, end, turns[index]["content"])
             if stop is None:
-                raise DataError(f"message {index}: the chat template puts no stop token after this answer")
-            if content.strip() not in text[start : offsets[stop][0]]:
-                raise DataError(f"message {index}: the chat template rewrites this answer; it would not be learned")
+                raise DataError(f"message {index - added}: the chat template puts no stop token after this answer")
+            check_answer(turns[index], text[start : offsets[stop][0]], index - added)
             mask[first : stop + 1] = [1] * (stop + 1 - first)
         return Rendered(token_ids=ids, loss_mask=mask, offsets=offsets, text=text)
 
-    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def render_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids that end where the next answer begins: a prefix of `render` of the answered conversation.
 
-        Raises DataError as `render` does.
+        tools: functions that may be called. continue_final: the last message is the beginning of the answer and is left
+        open. template_options: further names that the template reads (`enable_thinking`). Raises DataError as `render`
+        does, but the template may leave out the reasoning of earlier answers.
         """
-        self._check(messages)
-        text = self.template.text(messages, add_generation_prompt=True)
-        self._check_printed(messages, text)
-        return self._encode(text, self.template.answer_starts(messages, text))[0]
+        return self.encode_prompt(self.prompt_text(messages, tools, continue_final, template_options))
 
-    def _check(self, messages: Sequence[Message]) -> None:
-        if not messages:
-            raise DataError("the conversation is empty. Give at least one message.")
-        for index, message in enumerate(messages):
-            check_message(message, index)
-            for field, value in message.items():
-                spelled = next((token for token in self._special_tokens if token in str(value)), None)
-                if spelled is not None and not self.allow_special:
-                    raise DataError(
-                        f"message {index}: {field} spells the special token {spelled!r}, which the model would take "
-                        "for the end or start of a turn. Remove it, or pass allow_special=True if you mean it."
-                    )
+    def prompt_text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The text of `render_prompt`."""
+        options = template_options or {}
+        self.template.check_options(options)
+        turns, own_tools = self._turns(messages, tools)
+        added = len(turns) - len(messages)
+        if continue_final:
+            text = self._open_text(turns, own_tools, options)
+        else:
+            text = self.template.text(turns, tools=own_tools, add_generation_prompt=True, options=options)
+        self._check_printed(turns, text, added, own_tools, options)
+        return Prompt(text, self.template.answer_starts(turns, text, tools=own_tools, exact=False))
 
-    def _check_printed(self, messages: Sequence[Message], text: str) -> None:
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Its ids."""
+        return self._encode(prompt.text, prompt.starts)[0]
+
+    def answer_text(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """What the model would have written for the last message, without what closes it.
+
+        Raises DataError as `render_prompt` does, and where the answer's beginning cannot be told.
+        """
+        turns, own_tools = self._turns(messages, tools)
+        text = self.template.text(turns, tools=own_tools)
+        start = self.template.answer_starts(turns, text, tools=own_tools, exact=False).get(len(turns) - 1)
+        if start is None:
+            raise DataError(f"message {len(messages) - 1}: the chat template does not show where this answer begins")
+        closing = "|".join(re.escape(token) for token in self._special_tokens)
+        return re.sub(rf"(\s*({closing}))*\s*\Z", "", text[start:])
+
+    def _turns(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[list[Turn], list[Turn]]:
+        """The checked conversation and tools as the template takes them."""
+        check_messages(messages)
+        turns, checked = turns_of(messages), check_tools(tools or ())
+        if not self.allow_special:
+            for index, turn in enumerate(turns):
+                for field, value in turn.items():
+                    self._check_special(f"message {index}: {field}", value)
+            for number, tool in enumerate(checked):
+                self._check_special(f"tools[{number}]", tool)
+        if any(turn["role"] == "developer" for turn in turns) and not knows_developer(self.template):
+            turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+        if (checked or any("tool_calls" in t or t["role"] == "tool" for t in turns)) and not self.knows_tools:
+            return in_hermes_form(turns, checked), []
+        return turns, checked
+
+    def _check_special(self, where: str, value: object) -> None:
+        for text in texts_in(value):
+            spelled = next((token for token in self._special_tokens if token in text), None)
+            if spelled is not None:
+                raise DataError(
+                    f"{where} spells the special token {spelled!r}, which the model would take "
+                    "for the end or start of a turn. Remove it, or pass allow_special=True if you mean it."
+                )
+
+    def _open_text(self, turns: list[Turn], tools: list[Turn], options: Mapping[str, Any]) -> str:
+        """The conversation up to the end of the last message's content."""
+        last = turns[-1]
+        if last["role"] != "assistant" or "tool_calls" in last or not last["content"].strip():
+            raise DataError("continue_final needs a last message with the role assistant, content and no tool calls")
+        end = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if not any(mark in t for t in texts_in(turns)))
+        marked = [*turns[:-1], {**last, "content": last["content"] + end}]
+        text, found, _ = self.template.text(marked, tools=tools, options=options).rpartition(end)
+        if not found or not text.endswith(last["content"].lstrip()):
+            raise DataError("continue_final: the chat template does not print the last message as it is")
+        return text
+
+    def _check_printed(
+        self,
+        turns: Sequence[Turn],
+        text: str,
+        added: int,
+        tools: Sequence[Turn] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Refuse a message that the template leaves out: a misspelt role often vanishes without a word."""
+
+        def changes(index: int, **fields: str) -> bool:
+            other = [*turns[:index], {**turns[index], **fields}, *turns[index + 1 :]]
+            shown = [self.template.text(other, tools=tools, add_generation_prompt=g, options=options) for g in _BOTH]
+            return not any(text.startswith(one) or one.startswith(text) for one in shown)
+
         position = 0
-        for index, message in enumerate(messages):
-            content = message["content"].strip()
+        for index, turn in enumerate(turns):
+            content = turn["content"].strip()
             found = text.find(content, position)
             if found >= 0:
                 position = found + len(content)
-                continue
             # Not there word for word: the template may still have used it in some other form.
-            other = list(messages)
-            other[index] = {"role": message["role"], "content": message["content"] + "."}
-            if text in (self.template.text(other), self.template.text(other, add_generation_prompt=True)):
-                raise DataError(f"message {index}: the chat template leaves out the role {message['role']!r}")
+            elif not changes(index, content=turn["content"] + "."):
+                what = "the content beside tool calls" if "tool_calls" in turn else f"the role {turn['role']!r}"
+                raise DataError(f"message {index - added}: the chat template leaves out {what}")
+            if "name" in turn and turn["role"] != "tool" and not changes(index, name=turn["name"] + "x"):
+                raise DataError(f"message {index - added}: the chat template leaves out the field 'name'. Remove it.")
 
     def _closing_position(self, ids: list[int], first: int, end: int, content: str) -> int | None:
         """Position of the stop token that closes the answer whose tokens begin at `first`, within ids[:end]."""
@@ -158,82 +253,15 @@ class JinjaRenderer:
         return encoding.ids, encoding.offsets, firsts
 
 
-def check_message(message: Mapping[str, object], index: int) -> None:
-    """Raise DataError, naming the message, unless it has a role and content that can be rendered, and nothing else."""
-    if not isinstance(message, dict):
-        raise DataError(f"message {index}: expected an object with role and content, got {type(message).__name__}")
-    for field in ("role", "content"):
-        value = message.get(field)
-        if field not in message:
-            raise DataError(f"message {index}: field {field!r} is missing (found: {', '.join(message) or 'nothing'})")
-        if not isinstance(value, str):
-            raise DataError(f"message {index}: field {field!r} must be text, got {type(value).__name__}")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(f"message {index}: field {field!r} holds half of a surrogate pair, which is not text")
-    surplus = [name for name in message if name not in ("role", "content")]
-    if surplus:
-        raise DataError(f"message {index}: field {surplus[0]!r} is not supported. Remove it.")
-
-
-def check_template(template: ChatTemplate, tokenizer: Tokenizer) -> int:
-    """Id of the token that closes an answer.
-
-    Tries a conversation with and without a system message; a template may refuse one of the two. Raises DataError when
-    the template is not prefix-preserving, ignores `add_generation_prompt`, drops an answer or closes none.
-    """
-    closings: set[int] = set()
-    refusals: list[DataError] = []
-    for probe in (_PROBE, [_SYSTEM, *_PROBE]):
-        try:
-            text = template.text(probe)
-        except DataError as error:
-            refusals.append(error)
-            continue
-        starts = template.answer_starts(probe, text)
-        ends = [*list(starts.values())[1:], len(text)]
-        prompted = template.text(probe[:-1]) != template.text(probe[:-1], add_generation_prompt=True)
-        for (index, start), end in zip(starts.items(), ends, strict=True):
-            following = probe[index + 1]["content"] if index + 1 < len(probe) else None
-            lead, found, tail = text[start:end].partition(probe[index]["content"])
-            if not found:
-                raise DataError("the chat template does not print the assistant's answer as it is")
-            if any(token in lead for token in tokenizer.special_tokens) or (lead.strip() and not prompted):
-                raise DataError(f"the chat template ignores add_generation_prompt: {lead!r} would be learned")
-            closings.add(_closing_token(tokenizer, tail if following is None else tail.partition(following)[0]))
-    if not closings:
-        raise refusals[0]
-    if len(closings) > 1:
-        tokens = ", ".join(repr(tokenizer.token_of(index)) for index in sorted(closings))
-        raise DataError(f"the chat template closes answers in different ways ({tokens}); earlier ones would never stop")
-    return closings.pop()
-
-
-def _closing_token(tokenizer: Tokenizer, tail: str) -> int:
-    """The first stop or added token in `tail`, what the template prints after an answer."""
-    closers = {*_added_tokens(tokenizer), *tokenizer.stop_token_ids}
-    closing = next((index for index in tokenizer.encode(tail, add_bos=False) if index in closers), None)
-    if closing is None:
-        raise DataError(
-            f"the chat template puts no stop token after an answer (it prints {tail!r}): the model would never learn "
-            "to stop. Close answers with a special token of the tokenizer."
-        )
-    return closing
-
-
-def _prompt_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[str]:
-    """Added tokens that the template prints around a question; older tokenizers do not flag all of them as special."""
-    try:
-        text = template.text(_PROBE[:1], add_generation_prompt=True)
-    except DataError:
-        text = template.text([_SYSTEM, *_PROBE[:1]], add_generation_prompt=True)
-    added = _added_tokens(tokenizer)
-    return {added[index] for index in tokenizer.encode(text, add_bos=False) if index in added}
-
-
-def _added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Tokens outside the learned vocabulary, without those that stand for mere blanks."""
-    added = tokenizer.backend.get_added_tokens_decoder()
-    return {index: token.content for index, token in added.items() if token.content.strip()}
+def check_answer(turn: Turn, printed: str, index: int) -> None:
+    """Raise DataError unless `printed` holds the answer's content, reasoning and calls."""
+    if turn["content"].strip() not in printed:
+        raise DataError(f"message {index}: the chat template rewrites this answer; it would not be learned")
+    if turn.get("reasoning_content", "").strip() not in printed:
+        raise DataError(f"message {index}: the chat template leaves out reasoning_content; it would not be learned")
+    for call in turn.get("tool_calls", ()):
+        if call["function"]["name"] not in printed:
+            raise DataError(f"message {index}: the chat template leaves out a tool call; it would not be learned")
 
 
 def _adds_prefix(tokenizer: Tokenizer) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gristmill.core import Message
 from gristmill.errors import DataError, closest
 from gristmill.tokens.tokenizer import Tokenizer
 
@@ -54,8 +54,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self._reads = meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise DataError(f"chat template: {error} (line {getattr(error, 'lineno', '?')})") from error
         self.source = source
@@ -63,15 +65,24 @@ class ChatTemplate:
         ids["pad_token"] = tokenizer.pad_token_id
         self._names = {name: tokenizer.token_of(index) for name, index in ids.items() if index is not None}
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text; with the generation prompt it ends where the assistant's answer begins.
 
-        Raises DataError with the template's own words when it refuses the conversation.
+        `options` are further names for the template. Raises DataError with the template's own words when it refuses
+        the conversation.
         """
         try:
             return self._template.render(
+                **(options or {}),
                 messages=list(messages),
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
@@ -79,21 +90,46 @@ class ChatTemplate:
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from error
 
-    def answer_starts(self, messages: Sequence[Message], text: str) -> dict[int, int]:
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise DataError for a name that the template never reads, or that is not the caller's to give."""
+        own = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+        free = self._reads - own - {"bos_token", "eos_token", "pad_token"}
+        for name in options:
+            if name not in free:
+                reads = f" It reads {', '.join(sorted(free))}." if free else " It has no options."
+                raise DataError(f"template option {name!r} is not read by this model's chat template.{reads}")
+
+    def answer_starts(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        text: str,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        exact: bool = True,
+    ) -> dict[int, int]:
         """Where each assistant message begins in `text`: its index in `messages` -> a position in characters.
 
         An answer begins where the generation prompt of the messages before it ends. Raises DataError when that
         prompt is not a prefix of `text`, for then the model would be asked with other words than it learned from.
+        Not `exact`, reasoning that only the prompt opens or closes counts for the answer, and an answer whose prompt is
+        no prefix even then is left out.
         """
         starts: dict[int, int] = {}
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self.text(messages[:index], add_generation_prompt=True)
-            if not text.startswith(prompt):
+            prompt = self.text(messages[:index], tools=tools, add_generation_prompt=True)
+            if not exact and not text.startswith(prompt):
+                prompt = _REASONING.sub("", prompt)
+            if text.startswith(prompt):
+                starts[index] = len(prompt)
+            elif exact:
                 raise DataError(_not_a_prefix(index, prompt, text))
-            starts[index] = len(prompt)
         return starts
+
+
+_REASONING = re.compile(r"<(\w+)>\s*(</\1>\s*)?\Z")
+"""The end of a prompt that opens the reasoning, and perhaps closes it at once."""
 
 
 def _not_a_prefix(index: int, prompt: str, text: str) -> str:

@@ -225,7 +225,7 @@ def test_equals_transformers_prefix_constrained_logits() -> None:
 
     target, choices = constraints(), [b"the river runs", b"the sea", b"two and two make four"]
     begin(target, asked(64, choice=[choice.decode() for choice in choices]))
-    ends, texts = list(target.tokenizer.stop_token_ids), target._vocabulary.texts
+    ends, texts = list(target.tokenizer.stop_token_ids), target._vocabulary_of(StructuredOutput(json_object=True)).texts
 
     def may_follow(_: int, ids: torch.Tensor) -> list[int]:
         said = b"".join(texts[token] for token in ids.tolist())
@@ -266,7 +266,9 @@ def test_drafts_and_their_rejection_leave_no_trace(goes_back: list[int], schema:
 def test_rows_after_a_forbidden_draft_are_left_alone() -> None:
     target = constraints()
     begin(target, asked(60, choice=["the sea", "the river"]))
-    the, sea, end = (target._vocabulary._ids[text] for text in (b"t", b"s", b"a"))
+    the, sea, end = (
+        target._vocabulary_of(StructuredOutput(json_object=True))._ids[text] for text in (b"t", b"s", b"a")
+    )
     logits = torch.randn(3, target.vocab_size)
     rows = [LogitsRow(0, [1], []), LogitsRow(0, [1], [sea]), LogitsRow(0, [1], [sea, end])]
     result = target.apply(logits, rows)
@@ -278,7 +280,7 @@ def test_slots_move_and_are_freed() -> None:
     target = constraints()
     begin(target, asked(9, choice=["one"]), slot=3)
     begin(target, asked(9, choice=["two"]), slot=4)
-    first = target._vocabulary._ids[b"o"]
+    first = target._vocabulary_of(StructuredOutput(json_object=True))._ids[b"o"]
     target.update(BatchUpdate(removed=[3], moved=[(4, 3)], added=[(4, asked(9, choice=["once"]), [1])]))
     zeros = torch.zeros(target.vocab_size)
     assert row(target, zeros, [], slot=3)[first] == -torch.inf
@@ -289,11 +291,14 @@ def test_slots_move_and_are_freed() -> None:
 
 def test_end_tokens_come_only_where_the_form_is_complete() -> None:
     target = constraints()
-    letter = target._vocabulary._ids[b"c"]
+    letter = target._vocabulary_of(StructuredOutput(json_object=True))._ids[b"c"]
     params = SamplingParams(structured=StructuredOutput(regex="a[bc]*b"), max_tokens=9, stop_token_ids=[letter])
     begin(target, params)
     ends = [*target.tokenizer.stop_token_ids, letter]
-    a, b = target._vocabulary._ids[b"a"], target._vocabulary._ids[b"b"]
+    a, b = (
+        target._vocabulary_of(StructuredOutput(json_object=True))._ids[b"a"],
+        target._vocabulary_of(StructuredOutput(json_object=True))._ids[b"b"],
+    )
     for output, complete in (([], False), ([a], False), ([a, b], True), ([a, b, b], True)):
         assert (row(target, torch.zeros(target.vocab_size), output)[ends] == 0).tolist() == [complete] * len(ends)
 
@@ -302,7 +307,10 @@ def test_end_tokens_come_only_where_the_form_is_complete() -> None:
 def test_white_space_is_bounded(schema: Any) -> None:
     """Logits that want blanks and line breaks above all get some, and then the JSON goes on."""
     target = constraints()
-    blank = [float(text.strip() == b"" != text) * 50 for text in target._vocabulary.texts]
+    blank = [
+        float(text.strip() == b"" != text) * 50
+        for text in target._vocabulary_of(StructuredOutput(json_object=True)).texts
+    ]
     text = generate(target, asked(400, json_schema=schema), lambda _: torch.tensor(blank))
     valid(text, schema)
     assert not re.search(r"\n\s*\n|[ \t]{17}", re.sub(r'"[^"]*"', '""', text))

@@ -23,6 +23,7 @@ END = 256
 """The byte vocabulary's end token."""
 _STRUCTURE = frozenset(b'"}],:0')
 _BLANKS = frozenset(b" \t\r\n")
+_FREE = b"\n<[aZ~"
 _FEW = 16
 _WALKS = 16
 _EFFORT = dict.fromkeys(b'"}]', 0) | dict.fromkeys(b",:", 1)
@@ -57,12 +58,13 @@ def way_to_end(
     walks: Iterable[int] = range(4),
     most_steps: int = 1_000,
     longest: float = math.inf,
+    closings: Sequence[bytes] = (),
 ) -> bytes | None:
     """Bytes that `fits` and after which the grammar accepts; None when so many walks of so many steps, and of no more
     than `longest` bytes, find none.
 
     `tails` are likely endings, tried after each step. Without `blanks` no way leads over white space where there is
-    another, as in JSON.
+    another, as in JSON. `closings` end free text, of which any byte would do and none shows the way.
     """
     for walk in walks:
         state, path = matcher.deep_copy(), b""
@@ -73,14 +75,16 @@ def way_to_end(
             for tail in (b"", *tails):
                 if _ends(state, tail) and fits(path + tail):
                     return path + tail
-            piece = _step(state, walk, taken, blanks)
+            piece = _step(state, walk, taken, blanks, closings)
             if piece is None or not state.consume_tokens(list(piece)):
                 break
             path += piece
     return None
 
 
-def _step(state: LLMatcher, walk: int, taken: Counter[tuple[bytes, bytes]], blanks: bool) -> bytes | None:
+def _step(
+    state: LLMatcher, walk: int, taken: Counter[tuple[bytes, bytes]], blanks: bool, closings: Sequence[bytes]
+) -> bytes | None:
     """Where a walk goes next. Even walks take the bytes that close first; each prefers other bytes among equals.
 
     A choice that was taken 15, 255 ... times from states that look alike falls behind, so that a walk leaves every
@@ -89,6 +93,9 @@ def _step(state: LLMatcher, walk: int, taken: Counter[tuple[bytes, bytes]], blan
     if forced := state.compute_ff_bytes():
         return forced
     mask = state.compute_bitmask()
+    for closing in closings if _is_free(mask) else ():
+        if state.validate_tokens(list(closing)) == len(closing):
+            return closing
     pieces = _continuations(mask, blanks)
     if not pieces:
         return None
@@ -104,13 +111,19 @@ def _step(state: LLMatcher, walk: int, taken: Counter[tuple[bytes, bytes]], blan
     return chosen
 
 
-def shortest_end(matcher: LLMatcher, *, blanks: bool) -> bytes | None:
+def shortest_end(matcher: LLMatcher, *, blanks: bool, closings: Sequence[bytes] = ()) -> bytes | None:
     """The shortest way to the end that some walks find; None when they find none."""
     best: bytes | None = None
     for walk in range(_WALKS):
         longest = math.inf if best is None else len(best) - 1
         found = way_to_end(
-            matcher, lambda _: True, blanks=blanks, walks=range(walk, walk + 1), most_steps=4_000, longest=longest
+            matcher,
+            lambda _: True,
+            blanks=blanks,
+            walks=range(walk, walk + 1),
+            most_steps=4_000,
+            longest=longest,
+            closings=closings,
         )
         best = best if found is None else found
         if best is None and walk >= 3:
@@ -127,6 +140,7 @@ def next_plan(
     blanks: bool,
     walks: int,
     most_steps: int,
+    closings: Sequence[bytes] = (),
 ) -> bytes | None:
     """A plan that `fits`, for the state that `text` led to from one with this `plan`; None when none is found.
 
@@ -134,12 +148,19 @@ def next_plan(
     """
     skips = [len(text)] if plan.startswith(text) else range(min(4, len(plan)) + 1)
     tails = [plan[skip:] for skip in skips]
-    return way_to_end(matcher, fits, blanks=blanks, tails=tails, walks=range(walks), most_steps=most_steps)
+    return way_to_end(
+        matcher, fits, blanks=blanks, tails=tails, walks=range(walks), most_steps=most_steps, closings=closings
+    )
 
 
 def _ends(matcher: LLMatcher, text: bytes) -> bool:
     """Whether the grammar accepts after `text`."""
     return matcher.validate_tokens([*text, END]) == len(text) + 1 if text else matcher.is_accepting()
+
+
+def _is_free(mask: bytes) -> bool:
+    """Whether the mask allows bytes that only free text allows together."""
+    return all(mask[value >> 3] >> (value & 7) & 1 for value in _FREE)
 
 
 @lru_cache(maxsize=4096)

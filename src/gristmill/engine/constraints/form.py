@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,7 @@ MOST_CHARACTERS = 1 << 18
 _WHITE_SPACE = r"\n?[ \t]{0,16}"
 _HEADER = '%llguidance {"no_forcing": true}\n'
 """Any spelling of a forced text is allowed, as without a form, not only the one the tokenizer would choose."""
+_SUFFIX = re.compile(r'\[suffix=("(?:[^"\\]|\\.)*")')
 _REPEATS = re.compile(r'(?:"min(?:Items|Length|Properties)"\s*:\s*|\{)(\d+)')
 
 
@@ -26,7 +28,7 @@ class Form:
 
     detour: one structural character takes an output at most so much farther from its end. farthest: no output is
     farther than this. Either may be infinite. free_strings: a string that any word may go on with is a free one.
-    blanks: white space may be needed.
+    blanks: white space may be needed. closings: texts that end passages of free text.
     """
 
     field: str
@@ -35,11 +37,17 @@ class Form:
     farthest: float = math.inf
     free_strings: bool = False
     blanks: bool = True
+    closings: tuple[bytes, ...] = ()
 
 
 def form_of(asked: StructuredOutput) -> Form:
     """Raises RequestError, naming the field, for what is no schema, expression, grammar or list of tools."""
     field = f"structured.{asked.kind}"
+    form = _form_of(asked, field)
+    return form if asked.outside is None else _after_passage(form, *asked.outside)
+
+
+def _form_of(asked: StructuredOutput, field: str) -> Form:
     try:
         match asked.kind:
             case "json_schema":
@@ -52,7 +60,7 @@ def form_of(asked: StructuredOutput) -> Form:
                 return _regex_form(field, str(asked.regex))
             case "choice":
                 return _choice_form(field, asked.choice or ())
-        return _grammar_form(field, str(asked.grammar))
+        return _grammar_form(field, str(asked.grammar), math.inf if asked.detour is None else asked.detour)
     except RecursionError as error:
         raise RequestError(f"{field} is nested too deeply", field=field) from error
 
@@ -101,19 +109,22 @@ def _schema(field: str, given: Mapping[str, Any] | str | None) -> Any:
         raise RequestError(f"{field} is not JSON: {error}", field=field) from error
 
 
-def _json_form(field: str, schema: Any, compact: bool) -> Form:
+def json_grammar(schema: Any, *, field: str, compact: bool = False) -> str:
+    """JSON of this schema, in the notation of llguidance's grammars. Raises RequestError, naming the field."""
     if not isinstance(schema, Mapping) or "x-guidance" in schema:
         raise RequestError(f"{field} must be an object without x-guidance, got {schema!r:.60}", field=field)
     _refuse_what_is_not_kept(field, schema)
     white: dict[str, Any] = {"whitespace_flexible": False} if compact else {"whitespace_pattern": _WHITE_SPACE}
     try:
-        text = _limited(field, json.dumps({**schema, "x-guidance": white}, allow_nan=False))
+        return "%json " + _limited(field, json.dumps({**schema, "x-guidance": white}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RequestError(f"{field} is not JSON: {error}", field=field) from error
-    # an instance of no more than is required is hardly longer than its schema, but for repeats
-    detour = _repeated(2 * len(text) + 64, text) * (1 + text.count('"$ref"'))
+
+
+def _json_form(field: str, schema: Any, compact: bool) -> Form:
+    text = json_grammar(schema, field=field, compact=compact)
     free = '"pattern' not in text and '"format"' not in text
-    return Form(field, f"{_HEADER}start: %json {text}", detour=detour, free_strings=free, blanks=False)
+    return Form(field, f"{_HEADER}start: {text}", detour=json_detour(text), free_strings=free, blanks=False)
 
 
 def _refuse_what_is_not_kept(field: str, schema: Any) -> None:
@@ -151,14 +162,37 @@ def _choice_form(field: str, choices: Sequence[str]) -> Form:
     return Form(field, f"{_HEADER}start: {texts}", farthest=max(len(choice.encode()) for choice in choices))
 
 
-def _grammar_form(field: str, text: str) -> Form:
+def _grammar_form(field: str, text: str, detour: float) -> Form:
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         lark = any_to_lark(_limited(field, text))
     except Exception as error:  # the library raises bare ones
         raise RequestError(f"{field} is refused: {error}", field=field) from error
-    return Form(field, lark if "%llguidance" in lark else _HEADER + lark)
+    closings = tuple(json.loads(closing).encode() for closing in _SUFFIX.findall(lark))
+    return Form(field, lark if "%llguidance" in lark else _HEADER + lark, detour=detour, closings=closings)
+
+
+def _after_passage(form: Form, opening: str, closing: str) -> Form:
+    """The form after a passage of free text."""
+    passage = f'passage[suffix={json.dumps(closing)}]: /(.|\n)*/\ngap: ("\\n" "\\n"?)?\n'
+    start = f"({json.dumps(opening)} passage gap)? form" if opening else "passage gap form"
+    grammar = f"{_HEADER}start: {start}\n{passage}form: %lark {{\n{form.grammar}\n}}"
+    # what was written of the closing text may have to be written again
+    longer = len(closing.encode())
+    return dataclasses.replace(
+        form,
+        grammar=grammar,
+        detour=max(form.detour, longer),
+        farthest=form.farthest + longer + len(opening.encode()),
+        closings=(*form.closings, closing.encode()),
+    )
+
+
+def json_detour(text: str) -> float:
+    """The detour of a form made of these JSON schemas and literal texts."""
+    # an instance of no more than is required is hardly longer than its schema, but for repeats
+    return _repeated(2 * len(text) + 64, text) * (1 + text.count('"$ref"'))
 
 
 def _limited(field: str, text: str) -> str:

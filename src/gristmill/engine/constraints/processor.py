@@ -8,11 +8,12 @@ Source: Willard and Louf 2023 (masks from automata); Geng et al. 2023 (grammars)
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +57,7 @@ class Constraints:
         self.tokenizer, self.vocab_size, self.max_model_len = tokenizer, vocab_size, max_model_len
         self._forms: OrderedDict[str, Compiled] = OrderedDict()
         self._outputs: dict[int, _Output] = {}
+        self._vocabularies: dict[tuple[str, ...], _Vocabulary] = {}
 
     def validate(self, params: SamplingParams) -> None:
         """Raises RequestError for a form that cannot be compiled or satisfied, one whose shortest output does not fit
@@ -69,8 +71,12 @@ class Constraints:
             )
         if params.min_tokens > 0:
             raise RequestError("min_tokens does not go with structured: the form tells the length", field="min_tokens")
-        if params.limits_thinking:
-            raise RequestError("structured begins with the first token: no thinking before it", field="structured")
+        if params.limits_thinking and (params.structured.outside or "x")[0] != "":
+            raise RequestError(
+                "structured begins with the first token: no thinking before it, unless structured.outside has an empty "
+                "opening",
+                field="structured",
+            )
         shortest = self.shortest_output(params)
         if params.max_tokens is not None and shortest > params.max_tokens:
             raise RequestError(
@@ -82,7 +88,7 @@ class Constraints:
     def shortest_output(self, params: SamplingParams) -> int:
         """Tokens of the shortest output that was found for `params.structured`, its end token included."""
         compiled = self._compiled(params.structured)
-        tokens = self._vocabulary.spell(compiled.plan, self._end_ids(params))
+        tokens = compiled.vocabulary.spell(compiled.plan, self._end_ids(params))
         if tokens is None:
             raise RequestError("structured: the form needs tokens that end the output", field="stop_token_ids")
         return len(tokens) + 1
@@ -99,7 +105,7 @@ class Constraints:
                 room = self.max_model_len - len(prompt_ids)
                 budget = room if params.max_tokens is None else params.max_tokens
                 ends = frozenset(change.end_ids.get(slot) or self._end_ids(params))
-                self._outputs[slot] = _Output(self._compiled(params.structured), self._vocabulary, ends, budget)
+                self._outputs[slot] = _Output(self._compiled(params.structured), ends, budget)
 
     def apply(self, logits: Tensor, rows: Sequence[LogitsRow]) -> Tensor:
         """Logits (rows, vocab) with all that may not follow at minus infinity, the others as they were."""
@@ -114,10 +120,6 @@ class Constraints:
         forbidden = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)
         return logits.index_copy(0, concerned, logits[concerned].masked_fill(forbidden, float("-inf")))
 
-    @cached_property
-    def _vocabulary(self) -> _Vocabulary:
-        return _Vocabulary(self.tokenizer, self.vocab_size)
-
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
         own = () if params.ignore_eos else self.tokenizer.stop_token_ids
         return frozenset([*own, *(params.stop_token_ids or ())])
@@ -126,17 +128,24 @@ class Constraints:
         key = repr(asked)
         if key not in self._forms:
             assert asked is not None
-            self._forms[key] = compile_form(asked, self._vocabulary)
+            self._forms[key] = compile_form(asked, self._vocabulary_of(asked))
             while len(self._forms) > _KEPT_FORMS:
                 self._forms.popitem(last=False)
         self._forms.move_to_end(key)
         return self._forms[key]
 
+    def _vocabulary_of(self, asked: StructuredOutput) -> _Vocabulary:
+        markers = tuple(sorted({*asked.markers} & {*self.tokenizer.special_tokens}))
+        if markers not in self._vocabularies:
+            self._vocabularies[markers] = _Vocabulary(self.tokenizer, self.vocab_size, markers)
+        return self._vocabularies[markers]
+
 
 class _Vocabulary:
-    """A tokenizer as the library sees it, and what each token's bytes can do to JSON."""
+    """A tokenizer as the library sees it, and what each token's bytes can do to JSON. `markers` are special tokens that
+    count as their text."""
 
-    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, size: int, markers: tuple[str, ...] = ()) -> None:
         try:
             from llguidance import LLTokenizer
         except ImportError as error:
@@ -144,10 +153,12 @@ class _Vocabulary:
         self.size = size
         ends = list(tokenizer.stop_token_ids) or [0]
         self.engine: LLTokenizer = LLTokenizer(
-            tokenizer.backend.to_str(), n_vocab=max(size, tokenizer.vocab_size), eos_token=ends
+            _with_plain(tokenizer, markers), n_vocab=max(size, tokenizer.vocab_size), eos_token=ends
         )
         self.eos = np.array([token for token in ends if token < size])
-        ordinary = set(range(min(size, tokenizer.vocab_size))) - set(tokenizer.special_tokens.values())
+        ordinary = set(range(min(size, tokenizer.vocab_size))) - {
+            index for text, index in tokenizer.special_tokens.items() if text not in markers
+        }
         self.texts = [self.engine.decode_bytes([token]) if token in ordinary else b"" for token in range(size)]
         """Bytes of each token, none of a special one."""
         self.structural = np.array([sum(map(text.count, _STRUCTURAL)) for text in self.texts], np.float32)
@@ -168,6 +179,16 @@ class _Vocabulary:
         return best[0]
 
 
+def _with_plain(tokenizer: Tokenizer, markers: tuple[str, ...]) -> str:
+    """The tokenizer's file, in which these tokens are not special."""
+    if not markers:
+        return tokenizer.backend.to_str()
+    file = json.loads(tokenizer.backend.to_str())
+    for token in file["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in markers
+    return json.dumps(file)
+
+
 def _is_word(text: bytes) -> bool:
     """Whether any string of JSON may go on with it."""
     try:
@@ -185,6 +206,7 @@ class Compiled:
     tokens: LLMatcher
     letters: LLMatcher
     plan: bytes
+    vocabulary: _Vocabulary
 
 
 def compile_form(asked: StructuredOutput, vocabulary: _Vocabulary) -> Compiled:
@@ -195,11 +217,11 @@ def compile_form(asked: StructuredOutput, vocabulary: _Vocabulary) -> Compiled:
     letters = LLMatcher(byte_tokenizer(), form.grammar, log_level=0)
     if letters.is_error():
         raise RequestError(f"{form.field} is refused: {letters.get_error().strip()}", field=form.field)
-    plan = shortest_end(letters, blanks=form.blanks)
+    plan = shortest_end(letters, blanks=form.blanks, closings=form.closings)
     if plan is None:
         why = f": {letters.get_error()}" if letters.is_error() else ""
         raise RequestError(f"{form.field} cannot be satisfied: no output of it was found{why}", field=form.field)
-    return Compiled(form, LLMatcher(vocabulary.engine, form.grammar, log_level=0), letters, plan)
+    return Compiled(form, LLMatcher(vocabulary.engine, form.grammar, log_level=0), letters, plan, vocabulary)
 
 
 class _Output:
@@ -208,8 +230,8 @@ class _Output:
     All follows from the output's tokens alone, so neither the batch, a preemption nor rejected drafts change it.
     """
 
-    def __init__(self, compiled: Compiled, vocabulary: _Vocabulary, end_ids: frozenset[int], budget: int) -> None:
-        self._form, self._vocabulary, self._budget = compiled.form, vocabulary, budget
+    def __init__(self, compiled: Compiled, end_ids: frozenset[int], budget: int) -> None:
+        self._form, self._vocabulary, self._budget = compiled.form, compiled.vocabulary, budget
         self._ends, self._end_ids = np.array(sorted(end_ids)), end_ids
         self._tokens, self._letters = compiled.tokens.deep_copy(), compiled.letters.deep_copy()
         self._ids: list[int] = []
@@ -295,7 +317,17 @@ class _Output:
             self._ids.pop()
 
     def _plan_after(self, letters: LLMatcher, plan: bytes, text: bytes, walks: int, steps: int) -> bytes | None:
-        return next_plan(letters, plan, text, self._fits, blanks=self._form.blanks, walks=walks, most_steps=steps)
+        form = self._form
+        return next_plan(
+            letters,
+            plan,
+            text,
+            self._fits,
+            blanks=form.blanks,
+            walks=walks,
+            most_steps=steps,
+            closings=form.closings,
+        )
 
     def _fits(self, plan: bytes) -> bool:
         way = self._vocabulary.spell(plan, self._end_ids)

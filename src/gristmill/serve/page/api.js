@@ -1,23 +1,33 @@
-// The server's OpenAI interface: the models, and an answer as a stream of chunks.
+// The server's interface. Every failure is an ApiError with words for the reader; `status` is 0 when no answer came.
 
-export class ApiError extends Error {}
+const KEY = "gristmill.key";
 
-export async function listModels() {
-  const response = await fetch("/v1/models");
-  if (!response.ok) throw await errorOf(response);
-  return (await response.json()).data;
+export class ApiError extends Error {
+  constructor(message, status = 0, retryAfter = null) {
+    super(message);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
 }
 
-// Yields the chunks of a streamed answer. Throws ApiError with the server's own words, also for an error on the way
-// and for a stream that ends before its end mark.
-export async function* streamChat(request, signal) {
-  const response = await fetch("/v1/chat/completions", {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
-  if (!response.ok) throw await errorOf(response);
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+export const listModels = async () => (await json("/v1/models")).data;
+export const engineState = async () => (await json("/v1/engine")).engines;
+export const tokenize = (body, signal) => json("/tokenize", body, signal);
+
+export const streamChat = (body, signal) => stream("/v1/chat/completions", body, signal);
+export const streamCompletion = (body, signal) => stream("/v1/completions", body, signal);
+
+async function json(path, body = null, signal = null) {
+  return (await ask(path, body, signal)).json();
+}
+
+// Yields the chunks of a streamed answer. An error on the way, and an end before the end mark, are errors here too.
+async function* stream(path, body, signal) {
+  const response = await ask(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
@@ -32,7 +42,9 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new ApiError("The connection broke before the answer ended.");
+    });
     if (done) return;
     const pieces = (rest + value).split("\n\n");
     rest = pieces.pop();
@@ -42,7 +54,24 @@ async function* events(body) {
   }
 }
 
+async function ask(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.authorization = `Bearer ${key}`;
+  if (body) headers["content-type"] = "application/json";
+  const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
+  const response = await fetch(path, options).catch((error) => {
+    throw error.name === "AbortError" ? error : new ApiError("The server cannot be reached.");
+  });
+  if (!response.ok) throw await errorOf(response);
+  return response;
+}
+
 async function errorOf(response) {
   const body = await response.json().catch(() => null);
-  return new ApiError(body?.error?.message ?? `The server answered ${response.status}.`);
+  const said = body?.error?.message ?? `The server answered ${response.status}.`;
+  const seconds = Number(response.headers.get("retry-after")) || null;
+  const wait = seconds ? ` Try again in ${seconds} s.` : "";
+  const lead = { 429: "Too many requests: ", 503: "The server is not ready: " }[response.status] ?? "";
+  return new ApiError(`${lead}${said}${wait}`, response.status, seconds);
 }

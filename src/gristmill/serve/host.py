@@ -1,0 +1,437 @@
+"""The models of a server: loading, finding, replacing and unloading them while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+from gristmill.engine.async_engine import AsyncEngine, StepEngine
+from gristmill.errors import GristmillError, RequestError, closest
+from gristmill.model.lora.peft import read_lora
+from gristmill.serve.errors import ApiError, closing
+from gristmill.serve.routing.routed import RoutedEngine
+from gristmill.serve.routing.router import RequestRouter
+from gristmill.serve.wire.models import Kind, ModelCard
+from gristmill.tokens.answer.detect import detect
+from gristmill.tokens.answer.formats import AnswerFormat, CallStyle
+from gristmill.tokens.renderer import JinjaRenderer
+from gristmill.tokens.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SECONDS_TO_LOAD = 5
+"""When a client that came too early is told to come again."""
+
+
+class Servable(Protocol):
+    """A model of any kind."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it can do."""
+
+    @property
+    def model_name(self) -> str:
+        """The name in requests."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns texts into ids."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Context length in tokens."""
+
+
+class ServedModel(Servable, Protocol):
+    """A model that generates; `gristmill.LLM` is one."""
+
+    @property
+    def engine(self) -> StepEngine | RoutedEngine:
+        """Owned by the server from its start to its end."""
+
+    @property
+    def renderer(self) -> JinjaRenderer:
+        """Turns a conversation into prompt ids."""
+
+
+Asynchronous = AsyncEngine | RoutedEngine
+"""An engine that coroutines share: a thread of this process, or workers elsewhere."""
+
+
+def async_engine(model: ServedModel) -> Asynchronous:
+    """The engine of a model for coroutines. Nobody else may use the model's own from now on."""
+    return model.engine if isinstance(model.engine, RoutedEngine) else AsyncEngine(model.engine)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is loaded from, under which name, and its LoRA adapters: names and directories."""
+
+    model: str
+    name: str
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+
+Load = Callable[[Source], Servable]
+"""Loads a model; called on a thread of its own."""
+
+
+class Hosted:
+    """A model in service, and the one thread that computes it."""
+
+    def __init__(self, model: Servable, name: str, *, engine: Asynchronous | None = None) -> None:
+        self.model, self.name, self.kind = model, name, model.kind
+        self.created = int(time.time())
+        self.adapters: dict[str, str] = {}
+        self.engine = engine
+        if self.kind == "generate":
+            if _try_template(model):
+                _ = self.answer_form  # made on first use, which must not be a request
+            self.engine = engine or async_engine(cast(ServedModel, model))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{name}") if self.engine is None else None
+
+    @property
+    def generator(self) -> ServedModel:
+        """The model, which generates. Raises ApiError for another kind."""
+        if self.engine is None:
+            raise ApiError(
+                400,
+                f"{self.name} does not generate, it can {self.kind}",
+                param="model",
+                code="unsupported_model",
+            )
+        return cast(ServedModel, self.model)
+
+    @cached_property
+    def answer_form(self) -> AnswerFormat:
+        """How the model writes reasoning and tool calls, as its chat template shows them.
+
+        Raises RequestError for a model without a template.
+        """
+        found = detect(cast(ServedModel, self.model).renderer)
+        return found if found.calls is not None else dataclasses.replace(found, calls=CallStyle.HERMES)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.is_running if self.engine is not None else self._thread is not None
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The result of a function of the model, called where nothing else uses it.
+
+        Raises what it raises, and EngineClosed when the model leaves.
+        """
+        if self.engine is not None:
+            return await self.engine.run(lambda: function(*arguments))
+        if self._thread is None:
+            raise closing()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+
+    def close(self, drain_seconds: float) -> None:
+        """Refuse new requests, let running ones finish for so long and end the rest. Blocks; safe to call twice."""
+        if self.engine is not None:
+            self.engine.close(drain_seconds=drain_seconds)
+        elif (thread := self._thread) is not None:
+            self._thread = None
+            thread.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Slot:
+    """A name of the server and what stands behind it now."""
+
+    name: str
+    source: Source | None
+    hosted: Hosted | None = None
+    state: Literal["loading", "ready", "failed"] = "loading"
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request's `model` names."""
+
+    hosted: Hosted
+    adapter: str | None = None
+
+
+class ModelHost:
+    """All models of a server by name.
+
+    models: models, already loaded, and sources, which `start` loads with `load`. routers: names that stand for two of
+    them. Raises GristmillError for no model, two of one name, a router without its models, and sources without `load`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Servable | Source],
+        load: Load | None = None,
+        *,
+        routers: Sequence[RequestRouter] = (),
+    ) -> None:
+        names = [model.name if isinstance(model, Source) else model.model_name for model in models]
+        self.routers = {router.name: router for router in routers}
+        for router in routers:
+            if missing := {router.small.model, router.large.model} - set(names):
+                raise GristmillError(f"router {router.name} needs the model {missing.pop()}, which is not served")
+            if router.name in names:
+                raise GristmillError(f"router {router.name} has the name of a model")
+        if len(set(names)) < len(names) or not names:
+            raise GristmillError(f"each served model needs a name of its own, got {names}")
+        if load is None and any(isinstance(model, Source) for model in models):
+            raise GristmillError("a source needs `load`, which makes a model of it")
+        for model in models:
+            if not isinstance(model, Source) and model.kind == "generate":
+                _try_template(model)
+        self._models = dict(zip(names, models, strict=True))
+        self._load_model = load
+        self._slots: dict[str, Slot] = {}
+        self._closing = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        """Take the models into service and begin to load the sources. Called on the server's event loop."""
+        engines: dict[int, Asynchronous] = {}
+        for name, model in self._models.items():
+            if isinstance(model, Source):
+                self._slots[name] = Slot(name, model)
+                self._spawn(self._fill(self._slots[name]))
+                continue
+            engine = None
+            if model.kind == "generate":
+                generator = cast(ServedModel, model)
+                engine = engines.get(id(generator.engine)) or async_engine(generator)
+                engines[id(generator.engine)] = engine
+            self._slots[name] = Slot(name, None, Hosted(model, name, engine=engine), "ready")
+
+    def find(self, name: str) -> Target:
+        """The model of that name, or an adapter of it for NAME:ADAPTER.
+
+        Raises ApiError: 404 when there is none, 503 while it loads or when it failed to.
+        """
+        base, adapter = name, None
+        if name not in self._slots and ":" in name:
+            base, _, adapter = name.rpartition(":")
+        slot = self._slots.get(base)
+        if slot is None or (adapter is not None and slot.hosted is not None and adapter not in slot.hosted.adapters):
+            names = [card.id for card in self.cards()]
+            message = (
+                f"model {name[:200]!r} is not served here.{closest(name[:200], names)} Served: {', '.join(names)}."
+            )
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if slot.hosted is None:
+            raise _not_ready(slot)
+        return Target(slot.hosted, adapter)
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """All names, in order."""
+        return self._slots
+
+    @property
+    def is_running(self) -> bool:
+        """False once the server closes or a model's thread has ended."""
+        hosted = [slot.hosted for slot in self._slots.values() if slot.hosted is not None]
+        return not self._closing and all(each.is_running for each in hosted)
+
+    def cards(self) -> list[ModelCard]:
+        """What /v1/models says."""
+        cards = [card for slot in self._slots.values() for card in self._cards_of(slot)]
+        for router in self.routers.values():
+            small = next(card for card in cards if card.id == router.small.model)
+            cards.append(small.model_copy(update={"id": router.name, "parent": None}))
+        return cards
+
+    def _cards_of(self, slot: Slot) -> list[ModelCard]:
+        hosted = slot.hosted
+        if hosted is None:
+            return [ModelCard(id=slot.name, object="model", created=0, owned_by="gristmill", state=slot.state)]
+        card = ModelCard(
+            id=slot.name,
+            object="model",
+            created=hosted.created,
+            owned_by="gristmill",
+            max_model_len=hosted.model.max_model_len,
+            kind=hosted.kind,
+            state="ready",
+        )
+        adapters = [f"{slot.name}:{adapter}" for adapter in hosted.adapters]
+        return [card, *(card.model_copy(update={"id": name, "parent": slot.name}) for name in adapters)]
+
+    async def load(self, source: Source) -> ModelCard:
+        """Load one more model. Raises ApiError for a name in use and for what cannot be loaded; no trace stays then."""
+        self._need_loader()
+        if source.name in self._slots:
+            raise ApiError(409, f"a model called {source.name!r} is served already", param="name", code="name_in_use")
+        slot = self._slots[source.name] = Slot(source.name, source)
+        await self._fill(slot)
+        if slot.hosted is None:
+            del self._slots[source.name]
+            raise ApiError(400, f"{source.model}: {slot.error}", param="model", code="load_failed")
+        return self._cards_of(slot)[0]
+
+    async def reload(self, name: str) -> ModelCard:
+        """Load a model anew and put it in the place of the old one, which finishes what it began.
+
+        Both are in memory for a while. Raises ApiError when it cannot be loaded; the old one stays then.
+        """
+        slot = self._slot(name)
+        self._need_loader()
+        if slot.source is None:
+            raise ApiError(400, f"{name} was not loaded from a source", param="model", code="not_reloadable")
+        before = slot.hosted
+        fresh = Slot(name, slot.source)
+        await self._fill(fresh)
+        if fresh.hosted is None:
+            raise ApiError(400, f"{slot.source.model}: {fresh.error}", param="model", code="load_failed")
+        if self._slots.get(name) is not slot:  # unloaded meanwhile
+            await asyncio.to_thread(fresh.hosted.close, 0)
+            raise ApiError(409, f"{name} was unloaded meanwhile", param="model", code="model_not_found")
+        slot.hosted, slot.state, slot.error = fresh.hosted, "ready", None
+        if before is not None:
+            self._spawn(asyncio.to_thread(before.close, 3600))
+        return self._cards_of(slot)[0]
+
+    async def unload(self, name: str, drain_seconds: float = 30) -> None:
+        """Take a model out of service: new requests find it no more, running ones have so long to finish."""
+        slot = self._slot(name)
+        if slot.hosted is None:
+            raise _not_ready(slot)
+        others = [each.hosted for each in self._slots.values() if each is not slot and each.hosted is not None]
+        del self._slots[name]
+        if all(each.engine is None or each.engine is not slot.hosted.engine for each in others):
+            await asyncio.to_thread(slot.hosted.close, drain_seconds)
+
+    async def load_adapter(self, name: str, adapter: str, path: str) -> None:
+        """Load a LoRA adapter, or put a newer one in the place of one. Raises ApiError when it does not fit."""
+        hosted = self.find(name).hosted
+        await _load_adapter(hosted, adapter, path)
+
+    async def unload_adapter(self, name: str, adapter: str) -> None:
+        """Forget a LoRA adapter. Raises ApiError when there is none or requests use it."""
+        hosted = self.find(f"{name}:{adapter}").hosted
+        engine = cast(Any, hosted.generator.engine)
+        try:
+            await hosted.run(engine.unload_adapter, adapter)
+        except GristmillError as error:
+            raise ApiError(409, str(error), param="lora_name", code="adapter_in_use") from error
+        del hosted.adapters[adapter]
+
+    async def watch(self, seconds: float) -> None:
+        """Look at the files of loaded sources every so many seconds, and reload a model whose files have changed.
+
+        A change counts once two looks saw the same, as a checkpoint may still be being written.
+        """
+        seen: dict[str, object] = {}
+        served: dict[str, object] = {}
+        while True:
+            for name, slot in list(self._slots.items()):
+                if slot.source is None or slot.state != "ready":
+                    continue
+                now = await asyncio.to_thread(fingerprint, slot.source.model)
+                settled, seen[name] = seen.get(name) == now, now
+                if not settled or served.setdefault(name, now) == now:
+                    continue
+                served[name] = now  # a model that cannot be loaded is tried again when its files change again
+                try:
+                    await self.reload(name)
+                    logger.info("%s changed and was loaded anew", slot.source.model)
+                except ApiError as error:
+                    logger.error("%s changed and cannot be loaded: %s", slot.source.model, error.detail)
+            await asyncio.sleep(seconds)
+
+    async def wait(self) -> Sequence[Slot]:
+        """Wait until nothing loads any more; the slots that failed."""
+        while pending := [task for task in self._tasks if not task.done()]:
+            await asyncio.wait(pending)
+        return [slot for slot in self._slots.values() if slot.state == "failed"]
+
+    async def close(self, drain_seconds: float) -> None:
+        """Refuse new requests, let the running ones finish for so long, end the rest. Safe to call twice."""
+        self._closing = True
+        hosted = [slot.hosted for slot in self._slots.values() if slot.hosted is not None]
+        await asyncio.gather(*(asyncio.to_thread(each.close, drain_seconds) for each in hosted))
+
+    async def _fill(self, slot: Slot) -> None:
+        assert slot.source is not None
+        assert self._load_model is not None
+        try:
+            model = await asyncio.to_thread(self._load_model, slot.source)
+            hosted = await asyncio.to_thread(Hosted, model, slot.name)
+            for adapter, path in slot.source.adapters.items():
+                await _load_adapter(hosted, adapter, path)
+        except Exception as error:
+            slot.state, slot.error = "failed", error
+            logger.error("%s could not be loaded: %s", slot.source.model, error)
+            return
+        if self._closing:
+            await asyncio.to_thread(hosted.close, 0)
+        slot.hosted, slot.state = hosted, "ready"
+
+    def _slot(self, name: str) -> Slot:
+        if name not in self._slots:
+            self.find(name)  # tells the names
+            raise ApiError(400, f"{name} is an adapter, not a model", param="model", code="invalid_value")
+        return self._slots[name]
+
+    def _need_loader(self) -> None:
+        if self._load_model is None:
+            raise ApiError(400, "this server was made with its models and loads no others", code="not_reloadable")
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _load_adapter(hosted: Hosted, adapter: str, path: str) -> None:
+    model = cast(Any, hosted.generator)
+    if not hasattr(model, "load_adapter"):
+        raise ApiError(400, f"{hosted.name} runs in workers, which take no adapters", param="model", code="no_adapters")
+    try:
+        lora = await asyncio.to_thread(read_lora, Path(path), model.model.config)
+        await hosted.run(model.engine.load_adapter, adapter, lora)
+    except GristmillError as error:
+        raise ApiError(400, str(error), param="lora_path", code="load_failed") from error
+    hosted.adapters[adapter] = path
+
+
+def fingerprint(model: str) -> object:
+    """Names, sizes and times of a model's files; None where it is none of this machine's."""
+    root = Path(model)
+    files = [root] if root.is_file() else sorted(root.rglob("*"))
+    with contextlib.suppress(OSError):
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()] or None
+    return None
+
+
+def _not_ready(slot: Slot) -> ApiError:
+    if slot.state == "failed":
+        return ApiError(503, f"{slot.name} could not be loaded", param="model", code="load_failed")
+    return ApiError(
+        503,
+        f"{slot.name} is still loading",
+        param="model",
+        code="model_loading",
+        headers={"retry-after": str(SECONDS_TO_LOAD)},
+    )
+
+
+def _try_template(model: Servable) -> bool:
+    """Make the chat renderer; False when the model has none. Raises DataError for a template that cannot be used."""
+    try:
+        return cast(ServedModel, model).renderer is not None
+    except RequestError:
+        return False
