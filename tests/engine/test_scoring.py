@@ -152,7 +152,7 @@ def test_embeddings_are_the_unit_mean_of_the_last_states() -> None:
 
 def test_batches_hold_every_index_once_within_the_limit() -> None:
     lengths = random.Random(1).choices(range(1, 6000), k=50)
-    batches = list(scoring._batches(lengths, scoring._BATCH_TOKENS))
+    batches = list(scoring.batches_of(lengths, scoring._BATCH_TOKENS))
     assert sorted(itertools.chain(*batches)) == list(range(50))
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= scoring._BATCH_TOKENS for batch in batches)
 

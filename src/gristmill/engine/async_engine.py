@@ -18,18 +18,29 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gristmill.core import Prompt, RequestOutput, SamplingParams
+from gristmill.engine.request import Standing
 from gristmill.errors import RequestError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class StepEngine(Protocol):
     """What is needed of an engine. Only one thread ever calls it."""
 
-    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        standing: Standing | None = None,
+        adapter: str | None = None,
+    ) -> str:
         """Queue a request and return its id. Raises RequestError when it cannot be served as asked."""
 
     def step(self) -> list[RequestOutput]:
@@ -125,17 +136,23 @@ class AsyncEngine:
         """Whether requests are taken: True until `close`."""
         return self._thread.is_alive() and not self._closing
 
-    async def submit(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> RequestStream:
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        standing: Standing | None = None,
+        adapter: str | None = None,
+    ) -> RequestStream:
         """Admit a request and return the stream of its outputs.
 
         Raises RequestError when the engine refuses the request, EngineClosed after `close`.
         """
         stream = RequestStream(self, request_id or uuid.uuid4().hex)
         admitted: asyncio.Future[None] = stream.loop.create_future()
-        with self._admission:
-            if self._closing:
-                raise EngineClosed("the engine is closed")
-            self._commands.put(lambda: self._admit(stream, prompt, params, admitted))
+        add = partial(self._engine.add, prompt, params, request_id=stream.request_id, standing=standing)
+        self._command(lambda: self._admit(stream, partial(add, adapter=adapter), admitted))
         try:
             await admitted
         except asyncio.CancelledError:
@@ -155,9 +172,37 @@ class AsyncEngine:
             async for output in stream:
                 yield output
 
+    async def run(self, function: Callable[[], T]) -> T:
+        """The result of a function that needs the engine for itself, called between two steps.
+
+        Raises what it raises, and EngineClosed after `close`. Nothing else goes on while it runs.
+        """
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def call() -> None:
+            if result.cancelled():
+                return
+            try:
+                value = function()
+            except Exception as error:
+                _call(loop, _settle, result, None, error)
+            else:
+                _call(loop, _settle, result, value, None)
+
+        self._command(call)
+        return await result
+
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds before the next step. An unknown id is ignored."""
         self._commands.put(lambda: self._forget(request_id))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """Queue what somebody awaits. Raises EngineClosed after `close`."""
+        with self._admission:
+            if self._closing:
+                raise EngineClosed("the engine is closed")
+            self._commands.put(command)
 
     def close(self, *, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, give the running ones so long to finish, abort the rest and stop the thread.
@@ -192,27 +237,17 @@ class AsyncEngine:
     def _stop_by(self, deadline: float) -> None:
         self._stop_at = deadline
 
-    def _admit(
-        self, stream: RequestStream, prompt: Prompt, params: SamplingParams, admitted: asyncio.Future[None]
-    ) -> None:
-        def answer(error: Exception | None) -> None:
-            if admitted.done():  # the caller was cancelled
-                return
-            if error is None:
-                admitted.set_result(None)
-            else:
-                admitted.set_exception(error)
-
+    def _admit(self, stream: RequestStream, add: Callable[[], str], admitted: asyncio.Future[None]) -> None:
         refusal: Exception | None = None
         if stream.request_id in self._streams:
             refusal = RequestError(f"request {stream.request_id!r} is already running", field="request_id")
         else:
             try:
-                self._engine.add(prompt, params, request_id=stream.request_id)
+                add()
                 self._streams[stream.request_id] = stream
             except Exception as error:
                 refusal = error
-        if not _call(stream.loop, answer, refusal) and refusal is None:
+        if not _call(stream.loop, _settle, admitted, None, refusal) and refusal is None:
             self._forget(stream.request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -257,6 +292,15 @@ class AsyncEngine:
 def _put_all(pairs: list[tuple[RequestStream, RequestOutput]]) -> None:
     for stream, output in pairs:
         stream.put(output)
+
+
+def _settle(future: asyncio.Future[T], value: T, error: Exception | None) -> None:
+    if future.done():  # the caller was cancelled
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gristmill.core import LogitsProcessor, Prompt, RequestOutput, SamplingParams
 from gristmill.engine import encoder_decoder
+from gristmill.engine.adapters import Adapters
 from gristmill.engine.admission import Admission
 from gristmill.engine.choosing import Chooser
 from gristmill.engine.constraints.processor import Constraints
@@ -36,6 +37,7 @@ from gristmill.engine.speculation.adaptive import AdaptiveProposer
 from gristmill.engine.speculation.proposer import Proposer
 from gristmill.errors import RequestError
 from gristmill.model.encoder_decoder import EncoderDecoder
+from gristmill.model.lora.low_rank import Lora
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.tokenizer import Tokenizer
 
@@ -96,6 +98,8 @@ class Engine:
         # a whole request always fits, so the oldest one can always go on
         num_blocks = -(-(kv_cache_tokens or max(self.max_model_len, 16_384)) // block_size)
         self.runner = (runner or encoder_decoder.torch_runner(model, kv_cache_dtype))(num_blocks, block_size)
+        self.adapters = Adapters(self.runner, self.config, self.pair)
+        """What requests may name as their adapter."""
         self.pool = BlockPool(num_blocks, block_size)
         self.sources = SourcePool(num_blocks, block_size, caching=prefix_caching) if self.pair else None
         self.scheduler = Scheduler(
@@ -120,6 +124,7 @@ class Engine:
         self._late: list[Completion] = []  # ended in a step that then failed
         self._numbers = itertools.count()
         self._seeds = torch.Generator().manual_seed(seed)
+        self._gauge()
 
     def add(
         self,
@@ -128,18 +133,20 @@ class Engine:
         *,
         request_id: str | None = None,
         standing: Standing | None = None,
+        adapter: str | None = None,
     ) -> str:
-        """Queue a request and return its id.
+        """Queue a request and return its id. adapter: name of a loaded one, with which its tokens are computed.
 
         Raises RequestError, naming the field, for an empty prompt, one that does not fit the context with its
-        `max_tokens`, a token id that is none, a seed or bias out of range, or an id already in use.
+        `max_tokens`, a token id that is none, a seed or bias out of range, an adapter that is not loaded, or an id
+        already in use.
         """
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", field="request_id")
         text = prompt if isinstance(prompt, str) else None
         ids, source = self.encode(prompt), None
-        standing = standing or Standing()
+        standing, loaded = standing or Standing(), self.adapters.find(adapter)
         if ids and self.pair is not None and self.sources is not None:
             source = encoder_decoder.new_source(ids, params, standing.cache_salt, self.pair, self.sources)
             ids = [self.pair.decoder_start_token_id]
@@ -147,6 +154,10 @@ class Engine:
         seed = params.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
+        # every prompt token's own log-probability needs its state, which a cached block does not hold
+        salts = filter(None, [standing.cache_salt, None if loaded is None else loaded.salt])
+        length = len(source.ids if source else ids)
+        flops = self.admission.flops(length)
         request = Request(
             request_id,
             text,
@@ -158,15 +169,31 @@ class Engine:
             numbers=self._numbers,
             clock=self.clock,
             standing=standing,
-            # every prompt token's own log-probability needs its state, which a cached block does not hold
-            flops=self.admission.flops(len(source.ids if source else ids)),
-            cache_root=None if params.prompt_logprobs is not None else salt(*filter(None, [standing.cache_salt])),
+            flops=flops if loaded is None else loaded.flops(flops, length),
+            cache_root=None if params.prompt_logprobs is not None else salt(*salts),
             source=source,
+            adapter=loaded,
         )
         self._requests[request_id] = request
         for completion in request.completions:
             self.scheduler.add(completion)
         return request_id
+
+    def load_adapter(self, name: str, adapter: Lora) -> None:
+        """Let requests name an adapter. Under a name that is taken it replaces the one there for requests to come;
+        those that have that one go on with it. Nothing is cached of it yet.
+
+        Drafts are made without adapters and verified with them, so speculation changes no token.
+
+        Raises RequestError (`adapter`) for an empty name, one that was read for another configuration, and where
+        the runner has no place for adapters.
+        """
+        self.adapters.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises RequestError (`adapter`) when it is not loaded, or while requests use it."""
+        users = [r for r in self._requests.values() if r.adapter is not None and r.adapter.name == name]
+        self.adapters.unload(name, len(users))
 
     def speculate(self, proposer: Proposer) -> None:
         """From now on let `proposer` draft tokens, as many as pay; an AdaptiveProposer is taken as it is."""
@@ -182,13 +209,20 @@ class Engine:
         for completion in request.completions if request else ():
             if completion.finish_reason is None:
                 self._leave(completion)
+        self._gauge()
 
     def export(self, request_id: str) -> Handover:
         """Take a request that has its first token out of this engine, with its keys and values, for another's `adopt`.
 
-        Raises RequestError for an unknown or finished request, one of several completions, or one without a token yet.
+        Raises RequestError for an unknown or finished request, one of several completions, one without a token yet, or
+        one with an adapter, which the other engine may not have.
         """
         request = self._requests.get(request_id)
+        if request is not None and request.adapter is not None:
+            raise RequestError(
+                f"request {request_id!r} has the adapter {request.adapter.name!r}, and is not handed over",
+                field="adapter",
+            )
         if request is None or self.pair is not None:
             why = "is not here" if request is None else "reads an encoder, whose states do not travel"
             raise RequestError(f"request {request_id!r} {why}", field="request_id")
@@ -298,7 +332,8 @@ class Engine:
                     # the last token of all is never drafted: it would have nothing to verify
                     room = completion.max_tokens - len(completion.output_ids) - 1
                     completion.num_lookahead = min(self.proposer.max_tokens, room)
-        scheduled = self.scheduler.schedule(self.clock(), self.pacing.limit(deciding))
+        now = self.clock()
+        scheduled = self.scheduler.schedule(now, self.pacing.limit(deciding))
         if self.scheduler.copies:
             self.runner.copy_blocks(self.scheduler.copies)
         for sequence, _ in scheduled:
@@ -306,6 +341,7 @@ class Engine:
             if completion.slot is None:
                 self.metrics.prompt_tokens += sequence.num_prompt_tokens
                 self.metrics.cached_prompt_tokens += sequence.num_cached_tokens
+                self.metrics.queue_seconds.add(now - sequence.arrived_at)
                 self.chooser.enter(completion)
         if self.proposer is not None:
             self._propose([cast(Completion, sequence) for sequence, _ in scheduled if sequence.num_lookahead > 0])
@@ -330,7 +366,8 @@ class Engine:
             draft = cast(Completion, sequence).draft
             drafted = draft.token_ids if draft is not None else ()
             ids += drafted
-            chunks.append(Chunk(sequence.block_table, start, count + len(drafted), sequence.source))
+            adapter = cast(Completion, sequence).request.adapter_form
+            chunks.append(Chunk(sequence.block_table, start, count + len(drafted), sequence.source, adapter))
         return self.runner.hidden_states(ids, chunks)
 
     def _ready(self, scheduled: list[Scheduled], hidden: Tensor) -> list[tuple[Completion, int]]:
@@ -421,7 +458,7 @@ class Engine:
         sample: float,
     ) -> None:
         """Count a step; the times are seconds."""
-        metrics, pool = self.metrics, self.pool
+        metrics = self.metrics
         prompt = sum(count for _, count in scheduled if count > 1) + self.scheduler.source_tokens
         self.pacing.measured(forward, sum(count == 1 for _, count in scheduled), prompt)
         if self.proposer is not None and not prompt:
@@ -429,12 +466,17 @@ class Engine:
         metrics.steps += 1
         metrics.scheduled_tokens += sum(count for _, count in scheduled)
         metrics.preempted = self.scheduler.num_preempted
-        metrics.running, metrics.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        metrics.blocks_free, metrics.blocks_cached = pool.num_free - pool.num_cached, pool.num_cached
-        metrics.blocks_used = pool.num_blocks - pool.num_free
         metrics.schedule_seconds.add(schedule)
         metrics.forward_seconds.add(forward)
         metrics.sample_seconds.add(sample)
+        self._gauge()
+
+    def _gauge(self) -> None:
+        """Count what is there now."""
+        metrics, pool = self.metrics, self.pool
+        metrics.running, metrics.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        metrics.blocks_free, metrics.blocks_cached = pool.num_free - pool.num_cached, pool.num_cached
+        metrics.blocks_used = pool.num_blocks - pool.num_free
 
 
 def _need_at_least_one(**options: int | None) -> None:

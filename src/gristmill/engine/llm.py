@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from gristmill.engine.search.paged import PagedHypotheses
 from gristmill.errors import RequestError
 from gristmill.model.encoder import Encoder
 from gristmill.model.encoder_decoder import EncoderDecoder
+from gristmill.model.lora.peft import read_lora
 from gristmill.model.sentence import SentenceEncoder
 from gristmill.model.transformer import Transformer
 from gristmill.tokens.renderer import JinjaRenderer
@@ -88,7 +90,7 @@ class LLM:
         if speculation is not None:
             self.engine.speculate(proposer_named(speculation, self.engine, prepared))
         self.max_model_len = self.engine.max_model_len
-        self._forward = prepared.forward(self.engine)
+        self._forward = partial(prepared.forward, self.engine)
         if response_cache:
             self._answers = ResponseCache(response_cache)
 
@@ -113,6 +115,16 @@ class LLM:
         return self.network
 
     @property
+    def kind(self) -> Literal["generate", "embed"]:
+        """What a server may ask of it; a model that generates embeds too."""
+        return "generate" if self._embedder is None else "embed"
+
+    @property
+    def max_input_len(self) -> int:
+        """Most tokens of a text that `embed` reads."""
+        return self.engine.max_prompt_len if self._embedder is None else self._embedder.max_tokens
+
+    @property
     def renderer(self) -> JinjaRenderer:
         """The chat renderer of the model's own template; made, and its template checked, on first use.
 
@@ -131,17 +143,28 @@ class LLM:
         """Most tokens of an answer to a prompt."""
         return self.max_model_len - (len(prompt_ids) if self.engine.pair is None else 1)
 
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Read a LoRA adapter as PEFT writes it, and let calls name it; see `Engine.load_adapter`.
+
+        Raises CheckpointError for what does not fit the model, RequestError as `Engine.load_adapter` does.
+        """
+        self.engine.load_adapter(name, read_lora(Path(directory), self.model.config))
+
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
-        """See `LanguageModel.generate`. If one prompt is refused, none is run."""
+        """See `LanguageModel.generate`; adapter: name of a loaded one. If one prompt is refused, none is run."""
         params = sampling_params or SamplingParams()
-        wanted = [self._remembered(prompt, params) for prompt in _as_list(prompts)]
+        wanted = [self._remembered(prompt, params, adapter) for prompt in _as_list(prompts)]
         running: dict[str, int] = {}  # by request id, its place among the prompts
         try:
             for place, item in enumerate(wanted):
                 if not isinstance(item, RequestOutput):
-                    running[self.engine.add(item, params)] = place
+                    running[self.engine.add(item, params, adapter=adapter)] = place
             left = len(running)
             while left:
                 for output in self.engine.step(finished_only=True):
@@ -149,20 +172,23 @@ class LLM:
                         wanted[running[output.request_id]] = output
                         left -= 1
                         if self._answers is not None:
-                            self._answers.put(
-                                self._answers.key(self.model_name, output.prompt_token_ids, params), output
-                            )
+                            self._answers.put(self._answer_key(output.prompt_token_ids, params, adapter), output)
         finally:
             for request_id in running:
                 self.engine.abort(request_id)
         return cast(list[RequestOutput], wanted)
 
-    def _remembered(self, prompt: Prompt, params: SamplingParams) -> Prompt | RequestOutput:
+    def _answer_key(self, ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Hashable:
+        loaded = self.engine.adapters.find(adapter)
+        model = self.model_name if loaded is None else repr((self.model_name, *loaded.salt))
+        return ResponseCache.key(model, ids, params)
+
+    def _remembered(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> Prompt | RequestOutput:
         """The answer to a request that came before, or the prompt."""
         if self._answers is None:
             return prompt
         ids = self.engine.encode(prompt)
-        found = self._answers.get(self._answers.key(self.model_name, ids, params))
+        found = self._answers.get(self._answer_key(ids, params, adapter))
         if found is None:
             return prompt
         return dataclasses.replace(
@@ -198,19 +224,22 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
-        """See `LanguageModel.chat`. The token that closes a turn ends the answer, unless `ignore_eos`."""
+        """See `LanguageModel.chat`; adapter as for `generate`. The token that closes a turn ends the answer, unless
+        `ignore_eos`."""
         params = (sampling_params or SamplingParams()).ending_at(self.renderer.stop_token_ids)
         single = bool(messages) and isinstance(messages[0], dict)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        return self.generate([self.renderer.render_prompt(c) for c in conversations], params)
+        return self.generate([self.renderer.render_prompt(c) for c in conversations], params, adapter=adapter)
 
-    def score(self, prompt: Prompt, completion: Prompt) -> Score:
-        """See `LanguageModel.score`."""
-        return self.score_many([(prompt, completion)])[0]
+    def score(self, prompt: Prompt, completion: Prompt, *, adapter: str | None = None) -> Score:
+        """See `LanguageModel.score`; adapter as for `generate`."""
+        return self.score_many([(prompt, completion)], adapter=adapter)[0]
 
-    def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
-        """See `LanguageModel.score_many`."""
+    def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]], *, adapter: str | None = None) -> list[Score]:
+        """See `LanguageModel.score_many`; adapter as for `generate`."""
         encoded, engine = [], self.engine
         for prompt, completion in pairs:
             prompt_ids = self._encode(prompt, "prompt")
@@ -226,21 +255,36 @@ class LLM:
                     code="context_length_exceeded",
                 )
             encoded.append((prompt_ids, completion_ids))
-        return scoring.score_completions(self._forward, encoded)
+        return scoring.score_completions(self._forward(adapter), encoded)
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[Prompt], *, dimensions: int | None = None) -> np.ndarray:
         """See `LanguageModel.embed`: the mean of the final hidden states, scaled to unit length; those of the encoder
-        where there is one, pooled as its checkpoint says. Raises RequestError for a text that is too long."""
+        where there is one, pooled as its checkpoint says. Token ids may stand for a text.
+
+        dimensions: keep so many first values and scale again; see `encoders.shorten`. Raises RequestError for a text
+        that is too long.
+        """
         if self._embedder is not None:
-            return self._embedder.embed(texts, truncate=False)
-        ids = [self._encode(text, "texts") for text in texts]
+            return encoders.shorten(self._embedder.embed(texts, truncate=False), dimensions, self._embedder.widths)
+        ids, width = self.embedding_ids(texts), self.engine.config.hidden_size
+        return encoders.shorten(scoring.mean_embeddings(self._forward(), width, ids), dimensions, (width,))
+
+    def embedding_ids(self, texts: Sequence[Prompt], max_tokens: int | None = None) -> list[list[int]]:
+        """The tokens that `embed` reads of each text, which it also takes instead of the text.
+
+        max_tokens: longer texts are cut to so many, special ones included; None refuses what is longer than the model
+        reads. Raises RequestError, and DataError for a text that cannot be encoded.
+        """
+        if self._embedder is not None:
+            return self._embedder.token_ids(texts, max_tokens)[0]
+        limit = self.max_input_len
+        if max_tokens is not None and not 1 <= max_tokens <= limit:
+            raise RequestError(f"max_tokens must be in [1, {limit}], got {max_tokens}", field="max_tokens")
+        ids = [self._encode(text, "texts")[:max_tokens] for text in texts]
         for number, item in enumerate(ids):
-            if len(item) > self.engine.max_prompt_len:
-                raise RequestError(
-                    f"text {number} has {len(item)} tokens, the context holds {self.engine.max_prompt_len}",
-                    field="texts",
-                )
-        return scoring.mean_embeddings(self._forward, self.engine.config.hidden_size, ids)
+            if len(item) > limit:
+                raise RequestError(f"text {number} has {len(item)} tokens, the context holds {limit}", field="texts")
+        return ids
 
     def _encode(self, text: Prompt, field: str) -> list[int]:
         if field != "completion":

@@ -45,11 +45,17 @@ class Prepared:
     path: str
     native: bool
 
-    def forward(self, engine: Engine) -> Forward:
-        """What scores whole texts: the trainer's own path, or where the weights are packed for native steps, these."""
+    def forward(self, engine: Engine, adapter: str | None = None) -> Forward:
+        """What scores whole texts: the trainer's own path, or where the weights are packed for native steps, these.
+
+        Raises RequestError for an adapter that the engine has not loaded.
+        """
+        loaded = engine.adapters.find(adapter)
         if isinstance(self.model, EncoderDecoder):
             return PairForward(self.model)
-        return PagedForward(engine.runner, engine.pool) if self.native else PackedForward(self.model)
+        if self.native:
+            return PagedForward(engine.runner, engine.pool, None if loaded is None else loaded.form)
+        return PackedForward(self.model, None if loaded is None else loaded.lora)
 
 
 def prepare(

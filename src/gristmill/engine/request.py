@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from gristmill.core import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
+from gristmill.engine.adapters import LoadedAdapter
 from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.memory.sources import Source
 from gristmill.engine.scheduling.sequence import Sequence
@@ -116,7 +117,7 @@ class Standing:
 class Request:
     """A prompt, its parameters and its n completions. numbers: of completions, in order of
     arrival. clock: the engine's, in seconds. flops:
-    operations spent when so many output tokens stand."""
+    operations spent when so many output tokens stand. adapter: what its tokens are computed with."""
 
     def __init__(
         self,
@@ -134,9 +135,10 @@ class Request:
         cache_root: bytes | None,
         flops: Callable[[int], float] | None = None,
         source: Source | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids, self.params = request_id, prompt, prompt_ids, params
-        self.seed, self.arrived_at = seed, clock()
+        self.seed, self.arrived_at, self.adapter = seed, clock(), adapter
         model_ends: Ids[int] = () if params.ignore_eos else tokenizer.stop_token_ids
         self.end_ids = frozenset([*model_ends, *(params.stop_token_ids or ())])
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
@@ -167,6 +169,11 @@ class Request:
             completion.leader = self.completions[0]
 
     @property
+    def adapter_form(self) -> object | None:
+        """Its adapter as a runner's chunks name it."""
+        return None if self.adapter is None else self.adapter.form
+
+    @property
     def finished(self) -> bool:
         """True when every completion has ended."""
         return all(completion.finish_reason is not None for completion in self.completions)
@@ -186,7 +193,7 @@ class Request:
 
 _NOT_THE_CHOICE = frozenset(
     ("n", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "max_tokens", "max_time")
-) | frozenset(("max_flops", "repetition_stop", "prompt_logprobs", "skip_special_tokens"))
+) | frozenset(("max_flops", "repetition_stop", "prompt_logprobs", "skip_special_tokens", "stop_outside"))
 """Fields that do not change which token comes next, nor ask for its probability."""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gristmill.engine.memory.paged_cache import Chunk, PagedKVCache
 from gristmill.model.attention.layer import Memory
+from gristmill.model.lora.low_rank import Lora, applied
 from gristmill.model.transformer import Transformer
 
 
@@ -47,6 +48,14 @@ class Runner(Protocol):
         """Memory that one token takes in all layers."""
 
 
+@runtime_checkable
+class AdaptingRunner(Runner, Protocol):
+    """A runner whose chunks may have adapters."""
+
+    def adapt(self, lora: Lora) -> object:
+        """An adapter of this model as chunks name it. Nothing of it is left when nobody holds the result."""
+
+
 RunnerFactory = Callable[[int, int], Runner]
 """Makes a runner for so many blocks of so many tokens."""
 
@@ -64,12 +73,17 @@ class TorchRunner:
         """See `Runner.hidden_states`."""
         self.cache.plan(chunks)
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + chunk.length)]
-        return self.model.hidden_states(
-            torch.tensor(ids, device=self.device),
-            torch.tensor(positions, device=self.device),
-            self.cache,
-            memory=self.memory(chunks),
-        )
+        with applied(self.model, _spans(chunks)):
+            return self.model.hidden_states(
+                torch.tensor(ids, device=self.device),
+                torch.tensor(positions, device=self.device),
+                self.cache,
+                memory=self.memory(chunks),
+            )
+
+    def adapt(self, lora: Lora) -> Lora:
+        """See `AdaptingRunner.adapt`."""
+        return lora.to(self.device)
 
     def memory(self, chunks: Sequence[Chunk]) -> Memory | None:
         """What cross-attention reads; None without an encoder."""
@@ -105,3 +119,13 @@ class TorchRunner:
     def kv_bytes_per_token(self) -> int:
         """See `Runner.kv_bytes_per_token`."""
         return self.cache.bytes_per_token
+
+
+def _spans(chunks: Sequence[Chunk]) -> list[tuple[slice, Lora]]:
+    """Which tokens of a step have which adapter."""
+    spans, end = [], 0
+    for chunk in chunks:
+        begin, end = end, end + chunk.length
+        if chunk.adapter is not None:
+            spans.append((slice(begin, end), cast(Lora, chunk.adapter)))
+    return spans

@@ -15,6 +15,7 @@ from gristmill.engine.memory.paged_cache import Chunk
 from gristmill.engine.runner import Runner
 from gristmill.errors import RequestError
 from gristmill.model.attention.packed import PackedAttention, segment_positions
+from gristmill.model.lora.low_rank import Lora, applied
 from gristmill.model.transformer import Transformer
 
 _BATCH_TOKENS = 4096
@@ -58,17 +59,19 @@ class _Joined:
 
 
 class PackedForward(_Joined):
-    """Without a key-value memory: the very path training takes, so the values are the trainer's bit for bit."""
+    """Without a key-value memory: the very path training takes, so the values are the trainer's bit for bit. lora: an
+    adapter that all texts are read with."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model, self.max_tokens = model, _BATCH_TOKENS
+    def __init__(self, model: Transformer, lora: Lora | None = None) -> None:
+        self.model, self.lora, self.max_tokens = model, lora, _BATCH_TOKENS
 
     def hidden(self, segments: Sequence[list[int]]) -> Tensor:
         """See `Forward.hidden`."""
         device = self.model.embed_tokens.weight.device
         ids = torch.tensor([token for segment in segments for token in segment], device=device)
         lengths = [len(segment) for segment in segments]
-        return self.model.hidden_states(ids, segment_positions(lengths, device), PackedAttention(lengths, device))
+        with applied(self.model, [] if self.lora is None else [(slice(None), self.lora)]):
+            return self.model.hidden_states(ids, segment_positions(lengths, device), PackedAttention(lengths, device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Forward.logits`."""
@@ -76,10 +79,10 @@ class PackedForward(_Joined):
 
 
 class PagedForward(_Joined):
-    """Through an engine's runner, in blocks that are free at the time."""
+    """Through an engine's runner, in blocks that are free at the time. adapter: as the runner's chunks name it."""
 
-    def __init__(self, runner: Runner, pool: BlockPool) -> None:
-        self.runner, self.pool = runner, pool
+    def __init__(self, runner: Runner, pool: BlockPool, adapter: object | None = None) -> None:
+        self.runner, self.pool, self.adapter = runner, pool, adapter
         self.max_tokens = min(_BATCH_TOKENS, pool.num_blocks * pool.block_size // 2)
 
     def hidden(self, segments: Sequence[list[int]]) -> Tensor:
@@ -93,7 +96,10 @@ class PagedForward(_Joined):
             )
         tables = [self.pool.take(self.pool.blocks_for(len(segment))) for segment in segments]
         try:
-            chunks = [Chunk(table, 0, len(segment)) for table, segment in zip(tables, segments, strict=True)]
+            chunks = [
+                Chunk(table, 0, len(segment), adapter=self.adapter)
+                for table, segment in zip(tables, segments, strict=True)
+            ]
             return self.runner.hidden_states([token for segment in segments for token in segment], chunks).clone()
         finally:
             for table in tables:
@@ -108,7 +114,7 @@ class PagedForward(_Joined):
 def score_completions(forward: Forward, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
     """Log-probability of each completion after its prompt; both non-empty ids. Sorted by length inside, not outside."""
     scores: list[Score | None] = [None] * len(pairs)
-    for members in _batches([len(prompt) + len(completion) for prompt, completion in pairs], forward.max_tokens):
+    for members in batches_of([len(prompt) + len(completion) for prompt, completion in pairs], forward.max_tokens):
         states = forward.predicting([pairs[i] for i in members])
         targets = [token for i in members for token in pairs[i][1]]
         logprobs, greedy = _score_rows(forward, states, torch.tensor(targets, device=states.device))
@@ -135,7 +141,7 @@ def _score_rows(forward: Forward, hidden: Tensor, targets: Tensor) -> tuple[list
 def mean_embeddings(forward: Forward, hidden_size: int, texts: Sequence[list[int]]) -> np.ndarray:
     """Mean of the final hidden states of each text, unit length; shape (texts, hidden), float32."""
     out = np.empty((len(texts), hidden_size), dtype=np.float32)
-    for members in _batches([len(ids) for ids in texts], forward.max_tokens):
+    for members in batches_of([len(ids) for ids in texts], forward.max_tokens):
         hidden = forward.hidden([texts[i] for i in members]).float()
         for i, part in zip(members, hidden.split([len(texts[i]) for i in members]), strict=True):
             mean = part.mean(dim=0)
@@ -143,7 +149,7 @@ def mean_embeddings(forward: Forward, hidden_size: int, texts: Sequence[list[int
     return out
 
 
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def batches_of(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices grouped into forwards of at most so many tokens, short ones first."""
     batch: list[int] = []
     tokens = 0

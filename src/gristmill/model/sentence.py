@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gristmill.core import Prompt
 from gristmill.errors import CheckpointError, DataError, RequestError
 from gristmill.files import atomic_directory, write_json
 from gristmill.model.encoder import Encoder
@@ -59,6 +60,8 @@ class SentenceEncoder:
             )
         self.encoder, self.tokenizer = encoder.eval(), tokenizer
         self.pooling, self.normalise, self.lower_case = pooling, normalise, lower_case
+        self.widths: Collection[int] = (self.size,)
+        """Widths to which the vectors may be cut: more than one only where the model was trained for it."""
 
     @property
     def size(self) -> int:
@@ -66,8 +69,9 @@ class SentenceEncoder:
         return self.encoder.config.hidden_size
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str], batch_size: int = 32, *, truncate: bool = True) -> np.ndarray:
-        """One vector per text, in order: float32 (texts, size). Texts of similar length share a batch.
+    def embed(self, texts: Sequence[Prompt], batch_size: int = 32, *, truncate: bool = True) -> np.ndarray:
+        """One vector per text (or list of token ids), in order: float32 (texts, size). Texts of similar length share a
+        batch.
 
         A text of more than `max_tokens` is cut there, and a warning counts those; with truncate False it is a
         RequestError. Raises DataError for text with half of a surrogate pair.
@@ -76,7 +80,9 @@ class SentenceEncoder:
             raise RequestError("texts must be a list of texts, not one text", field="texts")
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}", field="batch_size")
-        ids = self._token_ids(texts, truncate)
+        ids, lengths = self.token_ids(texts, self.max_tokens if truncate else None)
+        if long := sum(length > self.max_tokens for length in lengths):
+            warnings.warn(f"{long} of {len(texts)} texts were cut to {self.max_tokens} tokens", stacklevel=2)
         out = np.empty((len(texts), self.size), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         for begin in range(0, len(order), batch_size):
@@ -84,20 +90,31 @@ class SentenceEncoder:
             out[rows] = self._vectors([ids[row] for row in rows])
         return out
 
-    def _token_ids(self, texts: Sequence[str], truncate: bool) -> list[list[int]]:
-        lowered = [text.lower() for text in texts] if self.lower_case else texts
-        ids, lengths = self.tokenizer.encode_framed(lowered, self.max_tokens)
-        long = [index for index, length in enumerate(lengths) if length > self.max_tokens]
-        if long and not truncate:
+    def token_ids(self, texts: Sequence[Prompt], max_tokens: int | None = None) -> tuple[list[list[int]], list[int]]:
+        """The ids of each text, cut so that `max_tokens` are left, special ones included, and how many it has uncut.
+
+        None refuses what is longer than the encoder's own limit. Ids are taken as they are. Raises RequestError and
+        DataError, naming the text.
+        """
+        special = self.tokenizer.backend.num_special_tokens_to_add(is_pair=False)
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        if not special < limit <= self.max_tokens:
             raise RequestError(
-                f"text {long[0]} has {lengths[long[0]]} tokens, at most {self.max_tokens} fit", field="texts"
+                f"max_tokens must be above {special} and at most {self.max_tokens}, got {max_tokens}",
+                field="max_tokens",
             )
-        if long:
-            warnings.warn(f"{len(long)} of {len(texts)} texts were cut to {self.max_tokens} tokens", stacklevel=3)
-        for index, row in enumerate(ids):
-            if not row:
+        plain = [text for text in texts if isinstance(text, str)]
+        lowered = [text.lower() for text in plain] if self.lower_case else plain
+        framed = zip(*self.tokenizer.encode_framed(lowered, limit), strict=True)
+        rows = [next(framed) if isinstance(text, str) else (list(text[:limit]), len(text)) for text in texts]
+        for index, (ids, length) in enumerate(rows):
+            if max_tokens is None and length > limit:
+                raise RequestError(f"text {index} has {length} tokens, at most {limit} fit", field="texts")
+            if not ids:
                 raise DataError(f"text {index} has no token: {texts[index]!r}")
-        return ids
+            if not 0 <= min(ids) <= max(ids) < self.encoder.config.vocab_size:
+                raise RequestError(f"text {index} has ids that are not in the vocabulary", field="texts")
+        return [ids for ids, _ in rows], [length for _, length in rows]
 
     def _vectors(self, ids: list[list[int]]) -> np.ndarray:
         device = self.encoder.embed_tokens.weight.device

@@ -32,6 +32,8 @@ class Chunk:
     length: int
     source: Source | None = None
     """What its cross-attention reads, in a model with an encoder."""
+    adapter: object | None = None
+    """What is added to the weights for its tokens: as `AdaptingRunner.adapt` gave it."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class EngineMetrics:
     blocks_used: int = 0
     blocks_cached: int = 0
     blocks_free: int = 0
+    queue_seconds: Histogram = field(default_factory=Histogram)
+    """From a sequence's arrival to its first step."""
     schedule_seconds: Histogram = field(default_factory=Histogram)
     forward_seconds: Histogram = field(default_factory=Histogram)
     sample_seconds: Histogram = field(default_factory=Histogram)

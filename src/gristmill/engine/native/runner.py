@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gristmill.engine.memory.paged_cache import Chunk
 from gristmill.engine.native import build
+from gristmill.engine.native.adapter import NativeAdapter
 from gristmill.engine.native.decoder import (
     KV_DTYPES,
     DecoderStruct,
@@ -27,6 +29,7 @@ from gristmill.engine.native.decoder import (
 from gristmill.engine.native.linear import Kind
 from gristmill.errors import RequestError
 from gristmill.model.config import ModelConfig, RopeConfig
+from gristmill.model.lora.low_rank import Lora
 from gristmill.model.positions.rope import rope_tables
 from gristmill.model.transformer import Transformer
 
@@ -42,6 +45,8 @@ class _Step(ctypes.Structure):
         ("cosines", _POINTER * 2),
         ("sines", _POINTER * 2),
         ("rope_by_token", _LONG),
+        ("adapters", _POINTER),
+        ("low_size", _LONG),
         *((name, _POINTER) for name in ("x", "hidden")),
     )
 
@@ -125,6 +130,10 @@ class NativeRunner:
         step.starts, step.lengths = starts.buffer_info()[0], lengths.buffer_info()[0]
         step.tables, step.table_ends = tables.buffer_info()[0], ends.buffer_info()[0]
         step.x, step.hidden = x.data_ptr(), hidden.data_ptr()
+        adapters = [cast(NativeAdapter | None, chunk.adapter) for chunk in chunks]
+        pointers = array("Q", [0 if adapter is None else adapter.address for adapter in adapters])
+        step.low_size = max(0 if adapter is None else adapter.low_size for adapter in adapters)
+        step.adapters = pointers.buffer_info()[0] if step.low_size else None
         self._rope.fill(step, chunks, positions)
         wrong = self._library.gristmill_stack_run(self._stack, ctypes.byref(step))
         if wrong >= 0:
@@ -133,6 +142,10 @@ class NativeRunner:
                 f"{list(chunks[wrong].block_table)}, of {self.block_size} tokens and {self.num_blocks} in all"
             )
         return hidden
+
+    def adapt(self, lora: Lora) -> NativeAdapter:
+        """See `AdaptingRunner.adapt`."""
+        return NativeAdapter(lora, self.model.order)
 
     def _embedded(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """What the first layer reads, (tokens, hidden) float32 of its own."""

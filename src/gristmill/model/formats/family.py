@@ -87,6 +87,7 @@ _NEUTRAL_KEYS = (
     # about what a caller gets back
     "output_hidden_states output_attentions return_dict use_cache output_past keys_to_ignore_at_inference "
     "output_router_logits torchscript sentence_transformers sbert_ce_default_activation_function "
+    "is_matryoshka matryoshka_dimensions "
     # about training
     "attention_dropout attention_dropout_prob hidden_dropout attention_probs_dropout_prob hidden_dropout_prob "
     "resid_pdrop embd_pdrop attn_pdrop dropout dropout_rate classifier_dropout activation_dropout resid_dropout "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gristmill.errors import CheckpointError
 from gristmill.model.config import ModelConfig
-from gristmill.model.formats.family import Config, Family, Kind, Raw
+from gristmill.model.formats.family import Config, Family, Heads, Kind, Raw
 from gristmill.model.formats.mapping import Entry
 from gristmill.model.heads import HeadConfig, Headed, HeadKind
 
@@ -47,6 +47,15 @@ def classifier(raw: Raw, kind: HeadKind, **sequence: Any) -> HeadConfig:
     return HeadConfig(kind=kind, labels=labels)
 
 
+def decoder_heads() -> Heads:
+    """What Llama and its descendants put on a decoder: one linear layer over the last token's state."""
+
+    def read(raw: Raw, config: ModelConfig, kind: HeadKind) -> HeadConfig:
+        return classifier(raw, kind, pooling="last", bias=False)
+
+    return Heads(read=read, names={"sequence_classifier": {"out": "score"}})
+
+
 def read_labels(raw: Raw) -> tuple[str, ...]:
     """The names of a classifier's outputs, from `id2label` or else `num_labels`; two without either.
 
@@ -70,7 +79,8 @@ def model_entries(family: Family, model: nn.Module, kind: Kind) -> list[Entry]:
     if not isinstance(model, Headed):
         return entries
     assert family.heads is not None
-    entries = [Entry(f"body.{entry.ours}", entry.theirs, entry.layout) for entry in entries]
+    body = [entry for entry in entries if not entry.ours.startswith("lm_head.")]  # a decoder's, which the head replaces
+    entries = [Entry(f"body.{entry.ours}", entry.theirs, entry.layout) for entry in body]
     table = family.heads.names[model.head_config.kind]
     single = family.heads.tied if model.config.tie_word_embeddings else {}
     for name, _ in model.named_parameters():  # a tied matrix comes once, as the body's

@@ -22,7 +22,7 @@ from gristmill.model.formats.mapping import to_ours, to_theirs
 from gristmill.model.formats.safetensors_file import ShardedTensors, save_sharded
 from gristmill.model.formats.state import load_state, on_meta
 from gristmill.model.heads import HeadConfig, Headed
-from gristmill.model.transformer import Transformer
+from gristmill.model.transformer import Stack, Transformer
 
 Model = Transformer | Encoder | EncoderDecoder | Headed
 
@@ -87,12 +87,14 @@ def _check_extent(config: Config, tensors: int, where: str) -> None:
 
 
 def module_for(config: Config, kind: Kind, head: HeadConfig | None = None) -> Model:
-    """An uninitialised module of this kind, on an encoder with the head it has."""
+    """An uninitialised module of this kind: an encoder, or a stack with the head it has."""
     if isinstance(config, EncoderDecoderConfig):
         return EncoderDecoder(config)
     if kind == "causal_lm":
         return Transformer(config)
-    return Encoder(config) if head is None else Headed(Encoder(config), head)
+    if head is None:
+        return Encoder(config)
+    return Headed(Stack(config) if config.causal else Encoder(config), head)
 
 
 def save_huggingface(
@@ -206,7 +208,7 @@ def _kind(model: nn.Module) -> Kind:
     if isinstance(model, EncoderDecoder):
         return "seq2seq"
     if isinstance(model, Headed):
-        if not isinstance(model.body, Encoder):
+        if isinstance(model.body, Transformer):  # its output layer has no place beside another head
             raise CheckpointError(f"no known family of checkpoints puts a head on a {type(model.body).__name__}")
         return model.head_config.kind
     return "causal_lm" if isinstance(model, Transformer) else "encoder"

@@ -108,7 +108,7 @@ def compare(model: Model, reference: Reference, rounded: str | None = None) -> V
         tokens=reference.ids.shape[1],
         difference=float((left - right).abs().max()),
         mean=float((left - right).square().mean().sqrt()),
-        spread=float(right.std()),
+        spread=float(right.std() if right.numel() > 1 else right.abs().max()),
         rounded=rounded,
     )
 

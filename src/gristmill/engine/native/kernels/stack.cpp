@@ -4,6 +4,7 @@
 // its work so that a row's result does not depend on the split.
 #include <omp.h>
 
+#include "adapter.h"
 #include "attention.h"
 #include "linear.h"
 #include "team.h"
@@ -39,6 +40,8 @@ struct Step {
     const int64_t *starts, *lengths, *tables, *table_ends;  // tables: block ids, those of chunk i end at table_ends[i]
     const float *cosines[2], *sines[2];
     int64_t rope_by_token;
+    const AdapterLayer* const* adapters;  // the layers of each chunk's adapter, null for none; null when none has one
+    int64_t low_size;                     // most ranks of a product together
     float *x, *hidden;  // (tokens, hidden): embedded tokens, which become the residual stream; final states
 };
 
@@ -50,16 +53,17 @@ class Stack {
     const Heads heads;
     const std::vector<Layer> layers;
     Barrier barrier;
-    Buffer row_memory, projected_memory, attended_memory, inner_memory, part_memory, scratch_memory, logit_memory;
+    Buffer row_memory, projected_memory, attended_memory, inner_memory, part_memory, scratch_memory, logit_memory,
+        wide_memory, low_memory;
     std::vector<int32_t> slots;      // of all positions of all spans
     std::vector<int32_t> span_of;    // token -> span
     std::vector<Span> spans;
     std::vector<Item> items;
     std::vector<std::atomic<long>> next_item;  // one counter for each layer
-    float *projected, *attended, *inner, *parts;
+    float *projected, *attended, *inner, *parts, *wide, *low;
     char* row_buffer;
     uint32_t* scratch_words;
-    size_t scratch_stride, rows_size, inner_size;
+    size_t scratch_stride, rows_size, inner_size, wide_size, low_size;
 
     long qkv_size() const { return (heads.heads + 2 * heads.kv_heads) * heads.dim; }
     long query_size() const { return heads.heads * heads.dim; }
@@ -70,7 +74,8 @@ class Stack {
         int thread, team;
         char* rows;    // memory of prepared rows
         float* inner;  // (end - begin, 2 * inner)
-        float* row;    // of this thread alone
+        float *wide, *low;  // for adapters: rows before they are prepared, and (end - begin, step.low_size)
+        float* row;         // of this thread alone
         long count() const { return end - begin; }
         Share share() const { return {end - begin, thread, team}; }
     };
@@ -91,6 +96,10 @@ class Stack {
         inner = inner_memory.of<float>(inner_size * (own ? threads : 1) * sizeof(float));
         projected = projected_memory.of<float>(step.tokens * qkv_size() * sizeof(float));
         attended = attended_memory.of<float>(step.tokens * query_size() * sizeof(float));
+        wide_size = step.adapters ? round_up(rows * std::max(decoder.hidden, decoder.inner), 1024) : 0;
+        low_size = round_up(rows * step.low_size, 1024);
+        wide = wide_memory.of<float>(wide_size * (own ? threads : 1) * sizeof(float));
+        low = low_memory.of<float>(low_size * (own ? threads : 1) * sizeof(float));
         make_scratch(std::max<long>({decoder.hidden, decoder.inner, query_size()}));
     }
 
@@ -193,19 +202,50 @@ class Stack {
                    query_size(), parts);
     }
 
+    // Where row t of a part is made, of `width` values, before it is prepared for a product.
+    float* row_at(const Step& step, const Part& part, long t, long width) const {
+        return step.adapters ? part.wide + t * width : part.row;
+    }
+
+    // Calls work(the layer of an adapter, first row, rows) for the stretches of a part's rows that have one.
+    template <class Work>
+    void each_adapter(const Step& step, const Layer& layer, const Part& part, Work work) const {
+        for (long t = 0, end; step.adapters && t < part.count(); t = end) {
+            const AdapterLayer* own = step.adapters[span_of[part.begin + t]];
+            for (end = t + 1; end < part.count() && step.adapters[span_of[part.begin + end]] == own;) end++;
+            if (own) work(own[&layer - layers.data()], t, end - t);
+        }
+    }
+
+    // y becomes (or grows by) the product of prepared rows, and what adapters make of these rows x as they were before.
+    // Begins and ends with all threads of the part together.
+    void apply(const Step& step, const Layer& layer, const Part& part, const Linear& linear, Product product,
+               const Rows& rows, const float* x, float* y, bool accumulate) {
+        barrier.wait(part.team);
+        multiply(linear, rows, part.count(), y, linear.out, accumulate, part.thread, part.team);
+        each_adapter(step, layer, part, [&](const AdapterLayer& own, long t, long count) {
+            read_low(own, product, x + t * linear.in, count, linear.in, part.low + t * step.low_size, step.low_size,
+                     part.thread, part.team);
+        });
+        barrier.wait(part.team);
+        each_adapter(step, layer, part, [&](const AdapterLayer& own, long t, long count) {
+            add_low(own, product, part.low + t * step.low_size, step.low_size, count, y + t * linear.out, linear.out,
+                    part.thread, part.team);
+        });
+        if (step.adapters) barrier.wait(part.team);
+    }
+
     // From the residual stream to queries in `projected`, and keys and values in the cache.
     void before_attention(const Step& step, const Layer& layer, const Part& part) {
         const long hidden = decoder.hidden, per_token = heads.heads + 2 * heads.kv_heads;
         const Rows rows = rows_at(layer.qkv, part.rows, part.count());
         const Share mine = part.share(), units(part.count() * per_token, part.thread, part.team);
         for (long t = mine.begin; t < mine.end; t++) {
-            rms_norm(step.x + (part.begin + t) * hidden, layer.attention_norm, decoder.eps, part.row, hidden);
-            prepare_row(rows, t, part.row);
+            float* row = row_at(step, part, t, hidden);
+            rms_norm(step.x + (part.begin + t) * hidden, layer.attention_norm, decoder.eps, row, hidden);
+            prepare_row(rows, t, row);
         }
-        barrier.wait(part.team);
-        multiply(layer.qkv, rows, part.count(), projected + part.begin * qkv_size(), qkv_size(), false, part.thread,
-                 part.team);
-        barrier.wait(part.team);
+        apply(step, layer, part, layer.qkv, QKV, rows, part.wide, projected + part.begin * qkv_size(), false);
         const Cache cache = cache_of(layer);
         for (long unit = units.begin; unit < units.end; unit++)
             place_head(step, layer, cache, part.begin + unit / per_token, unit % per_token);
@@ -223,26 +263,22 @@ class Stack {
             if (span.parts >= 0) merge_parts(heads, span, layer.window, part.begin + t - span.row, parts, own);
             prepare_row(rows, t, own);
         }
-        barrier.wait(part.team);
-        multiply(layer.output, rows, count, x, hidden, true, part.thread, part.team);
-        barrier.wait(part.team);
+        apply(step, layer, part, layer.output, OUTPUT, rows, attended + part.begin * query_size(), x, true);
         rows = rows_at(layer.gate_up, part.rows, count);
         for (long t = mine.begin; t < mine.end; t++) {
-            rms_norm(x + t * hidden, layer.mlp_norm, decoder.eps, part.row, hidden);
-            prepare_row(rows, t, part.row);
+            float* row = row_at(step, part, t, hidden);
+            rms_norm(x + t * hidden, layer.mlp_norm, decoder.eps, row, hidden);
+            prepare_row(rows, t, row);
         }
-        barrier.wait(part.team);
-        multiply(layer.gate_up, rows, count, part.inner, 2 * decoder.inner, false, part.thread, part.team);
-        barrier.wait(part.team);
+        apply(step, layer, part, layer.gate_up, GATE_UP, rows, part.wide, part.inner, false);
         rows = rows_at(layer.down, part.rows, count);
         for (long t = mine.begin; t < mine.end; t++) {
             const float* gate = part.inner + t * 2 * decoder.inner;
-            gated(decoder.activation, gate, gate + decoder.inner, part.row, decoder.inner);
-            prepare_row(rows, t, part.row);
+            float* row = row_at(step, part, t, decoder.inner);
+            gated(decoder.activation, gate, gate + decoder.inner, row, decoder.inner);
+            prepare_row(rows, t, row);
         }
-        barrier.wait(part.team);
-        multiply(layer.down, rows, count, x, hidden, true, part.thread, part.team);
-        barrier.wait(part.team);
+        apply(step, layer, part, layer.down, DOWN, rows, part.wide, x, true);
     }
 
     void run_layers(const Step& step, int thread, int team) {
@@ -254,10 +290,11 @@ class Stack {
             for (long block = 0; block < blocks; block++) {
                 const Share share(rows.end - rows.begin, block, blocks);
                 mine.push_back({rows.begin + share.begin, rows.begin + share.end, 0, 1, row_buffer + rows_size * thread,
-                                inner + inner_size * thread, row_of(thread)});
+                                inner + inner_size * thread, wide + wide_size * thread, low + low_size * thread,
+                                row_of(thread)});
             }
         } else {
-            mine.push_back({0, step.tokens, thread, team, row_buffer, inner, row_of(thread)});
+            mine.push_back({0, step.tokens, thread, team, row_buffer, inner, wide, low, row_of(thread)});
         }
         for (const Part& part : mine) before_attention(step, layers[0], part);
         for (size_t i = 0; i < layers.size(); i++) {

@@ -7,6 +7,7 @@ from typing import Any
 from gristmill.errors import CheckpointError
 from gristmill.model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, PositionConfig
 from gristmill.model.formats.family import Family, Kind, Raw
+from gristmill.model.formats.heads import decoder_heads
 from gristmill.model.formats.mapping import Entry, same, stacked
 from gristmill.model.formats.rope_fields import read_rope, rope_keys
 
@@ -127,10 +128,11 @@ def tied_head(config: ModelConfig, kind: Kind) -> dict[str, str]:
 
 LLAMA = Family(
     model_type="llama",
-    architectures={"LlamaForCausalLM": "causal_lm"},
+    architectures={"LlamaForCausalLM": "causal_lm", "LlamaForSequenceClassification": "sequence_classifier"},
     read=_read,
     write=_write,
     entries=llama_entries,
     copies=tied_head,
+    heads=decoder_heads(),
     derived=(".rotary_emb.inv_freq",),
 )

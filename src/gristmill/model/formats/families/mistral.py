@@ -17,6 +17,7 @@ from gristmill.model.formats.families.llama import (
 )
 from gristmill.model.formats.families.windows import same_window, write_window
 from gristmill.model.formats.family import Family, Kind, Raw
+from gristmill.model.formats.heads import decoder_heads
 from gristmill.model.formats.mapping import Entry, same
 from gristmill.model.formats.rope_fields import read_full_rope
 
@@ -78,11 +79,12 @@ def _mixtral_entries(config: ModelConfig, kind: Kind) -> list[Entry]:
 
 MISTRAL = Family(
     model_type="mistral",
-    architectures={"MistralForCausalLM": "causal_lm"},
+    architectures={"MistralForCausalLM": "causal_lm", "MistralForSequenceClassification": "sequence_classifier"},
     read=_read_mistral,
     write=_write_mistral,
     entries=llama_entries,
     copies=tied_head,
+    heads=decoder_heads(),
     derived=(".rotary_emb.inv_freq",),
 )
 MIXTRAL = Family(

@@ -26,6 +26,7 @@ from gristmill.model.formats.families.llama import (
 )
 from gristmill.model.formats.families.windows import layer_entries, layer_windows, write_layer_types, write_window
 from gristmill.model.formats.family import Family, Kind, Raw
+from gristmill.model.formats.heads import decoder_heads
 from gristmill.model.formats.mapping import Entry, same
 from gristmill.model.formats.rope_fields import read_full_rope
 
@@ -155,19 +156,21 @@ def _qwen3_moe_entries(config: ModelConfig, kind: Kind) -> list[Entry]:
 
 QWEN2 = Family(
     model_type="qwen2",
-    architectures={"Qwen2ForCausalLM": "causal_lm"},
+    architectures={"Qwen2ForCausalLM": "causal_lm", "Qwen2ForSequenceClassification": "sequence_classifier"},
     read=_read_qwen2,
     write=_write_qwen2,
     entries=llama_entries,
     copies=tied_head,
+    heads=decoder_heads(),
 )
 QWEN3 = Family(
     model_type="qwen3",
-    architectures={"Qwen3ForCausalLM": "causal_lm"},
+    architectures={"Qwen3ForCausalLM": "causal_lm", "Qwen3ForSequenceClassification": "sequence_classifier"},
     read=_read_qwen3,
     write=_write_qwen3,
     entries=llama_entries,
     copies=tied_head,
+    heads=decoder_heads(),
 )
 QWEN3_MOE = Family(
     model_type="qwen3_moe",

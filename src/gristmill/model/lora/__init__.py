@@ -1,0 +1,1 @@
+"""Low-rank adapters of a decoder's matrices: what they compute, and PEFT's files."""
