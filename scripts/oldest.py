@@ -10,6 +10,6 @@ tested = ("constrain", "corpus", "evaluate", "hub", "plan", "serve")
 requirements = project["dependencies"] + [requirement for name in tested for requirement in extras[name]]
 print("# Made by scripts/oldest.py from pyproject.toml")
 for requirement in sorted(set(requirements)):
-    name, bound = re.fullmatch(r"([\w-]+)(?:\[[^]]*\])?>=([\w.]+)(?:,.*)?", requirement).groups()
+    name, bound = re.fullmatch(r"([\w-]+)(?:\[[^]]*\])?>=([\w.]+)(?:[,;].*)?", requirement).groups()
     if name != "torch":
         print(f"{name}=={bound}")

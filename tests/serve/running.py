@@ -11,19 +11,19 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from gristmill.serve.server import Server
+from gristmill.serve.server import Server, Tls
 
 
 @contextlib.contextmanager
-def running(app: FastAPI, drain_seconds: int = 0) -> Iterator[str]:
+def running(app: FastAPI, drain_seconds: int = 0, tls: Tls | None = None) -> Iterator[str]:
     """Serve `app` on a free port of 127.0.0.1 and yield its address."""
-    server = Server(app, drain_seconds=drain_seconds)
+    server = Server(app, drain_seconds=drain_seconds, tls=tls)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(10)

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from gristmill.core import CompletionOutput, FinishReason, Logprob, Prompt, RequestOutput, SamplingParams
+from gristmill.engine.request import Standing
 from gristmill.errors import RequestError
 from gristmill.tokens.renderer import JinjaRenderer
 from gristmill.tokens.tokenizer import Tokenizer
@@ -18,15 +19,16 @@ from gristmill.tokens.tokenizer import Tokenizer
 END = "<|im_end|>"
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Every byte is a token; ids follow the byte-level alphabet, then come the special tokens."""
+def byte_tokenizer(added: tuple[str, ...] = (), template: str | None = None) -> Tokenizer:
+    """Every byte is a token; ids follow the byte-level alphabet, then come the special tokens, then those `added`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", END)])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in added])
     end = backend.token_to_id(END)
-    return Tokenizer(backend=backend, eos_token_id=end, stop_token_ids=(end,))
+    return Tokenizer(backend=backend, eos_token_id=end, stop_token_ids=(end,), chat_template=template)
 
 
 @dataclass
@@ -46,8 +48,13 @@ class ScriptedEngine:
     `added` holds the parameters of all requests, `aborted` the ids of those that were aborted while they ran.
     """
 
-    def __init__(self, script: Callable[[str], str] = lambda prompt: "Hello there.", max_model_len: int = 512) -> None:
-        self.tokenizer = byte_tokenizer()
+    def __init__(
+        self,
+        script: Callable[[str], str] = lambda prompt: "Hello there.",
+        max_model_len: int = 512,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer or byte_tokenizer()
         self.script = script
         self.max_model_len = max_model_len
         self.step_seconds = 0.0
@@ -56,14 +63,25 @@ class ScriptedEngine:
         self.fail_with: Exception | None = None
         self.added: dict[str, SamplingParams] = {}
         self.prompts: dict[str, str] = {}
+        self.standings: dict[str, Standing | None] = {}
+        self.adapters: dict[str, str | None] = {}
         self.aborted: list[str] = []
         self.live: dict[str, Running] = {}
         self.threads: set[str] = set()
 
-    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        standing: Standing | None = None,
+        adapter: str | None = None,
+    ) -> str:
         """See `StepEngine.add`."""
         self.threads.add(threading.current_thread().name)
         assert request_id is not None
+        self.standings[request_id], self.adapters[request_id] = standing, adapter
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if len(ids) >= self.max_model_len:
             raise RequestError("the prompt is too long", field="prompt", code="context_length_exceeded")
@@ -106,6 +124,7 @@ class ScriptedEngine:
     def _output(self, running: Running, index: int, count: int) -> CompletionOutput:
         params, ids = running.params, running.answers[index][:count]
         reason: FinishReason | None = None
+        stop_reason: str | None = None
         text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
         room = self.max_model_len - len(running.prompt_ids)
         if count == len(running.answers[index]):
@@ -116,12 +135,12 @@ class ScriptedEngine:
             text = text.rstrip("\ufffd")
         for stop in params.stop_strings:
             if stop in text:
-                text, reason = text[: text.index(stop)], "stop"
+                text, reason, stop_reason = text[: text.index(stop)], "stop", stop
             elif reason is None:
                 cuts = [n for n in range(1, len(stop)) if text.endswith(stop[:n])]
                 text = text[: len(text) - max(cuts, default=0)]
         logprobs = None if params.logprobs is None else [self._places(token, params.logprobs) for token in ids]
-        return CompletionOutput(index, text, ids, logprobs=logprobs, finish_reason=reason)
+        return CompletionOutput(index, text, ids, logprobs=logprobs, finish_reason=reason, stop_reason=stop_reason)
 
     def _places(self, token: int, count: int) -> dict[int, Logprob]:
         """The scripted token is the second best; the best is impossible to miss and the rest to tell apart."""
@@ -133,6 +152,8 @@ class ScriptedEngine:
 
 class ScriptedLLM:
     """What the server needs of a model, around a ScriptedEngine."""
+
+    kind = "generate"
 
     def __init__(self, engine: ScriptedEngine, model_name: str = "scripted") -> None:
         self.engine = engine

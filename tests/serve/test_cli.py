@@ -16,6 +16,7 @@ import pytest
 from gristmill.cli import serve
 from gristmill.cli.options import parse
 from gristmill.errors import GristmillError, MissingExtra
+from gristmill.serve.loading import parse_sources
 from serve.running import wait_for
 from serve.tiny import save_tiny_model
 
@@ -27,11 +28,11 @@ def test_it_serves_until_ctrl_c_and_tells_open_streams_so(tmp_path: Path) -> Non
         "-m",
         "gristmill",
         "serve",
-        str(model),
+        f"tiny={model}",
         "--port",
         "0",
-        "--name",
-        "tiny",
+        "--drain_seconds",
+        "1",
         "--threads",
         "1",
     ]
@@ -74,7 +75,7 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mon
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(GristmillError, match=r"cannot listen .*--port 0"),
     ):
-        serve.run(serve.Config(model="none", port=taken.getsockname()[1]))
+        serve.run(serve.Config(models=["none"], port=taken.getsockname()[1]))
 
 
 @pytest.mark.parametrize(
@@ -82,21 +83,44 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mon
 )
 def test_an_impossible_address_is_an_error_of_ours(host: str, port: int) -> None:
     with pytest.raises(GristmillError, match="cannot listen"):
-        serve.run(serve.Config(model="none", host=host, port=port))
+        serve.run(serve.Config(models=["none"], host=host, port=port))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "myhost"])
 def test_other_addresses_than_loopback_are_warned_of(host: str) -> None:
-    assert "no authentication" in serve._welcome(host, 80, "m")
+    assert "no authentication" in serve._welcome(serve.Config(models=["m"], host=host), 80, ["m"])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_is_not(host: str) -> None:
-    assert "no authentication" not in serve._welcome(host, 80, "m")
+    assert "no authentication" not in serve._welcome(serve.Config(models=["m"], host=host), 80, ["m"])
     assert parse(serve.Config, "gristmill serve", ["m"]).host == "127.0.0.1"
 
 
-@pytest.mark.parametrize("option", ["threads", "max_body_mb"])
+def test_keys_end_the_warning_and_logged_prompts_bring_one() -> None:
+    config = serve.Config(models=["m"], host="0.0.0.0", keys=Path("keys.json"), log_bodies=True)
+    told = serve._welcome(config, 80, ["m"])
+    assert "no authentication" not in told
+    assert "written into the log" in told
+    assert "authorization: Bearer" in told
+
+
+def test_several_models_and_adapters_are_words() -> None:
+    config = parse(serve.Config, "gristmill serve", ["a", "--port", "0", "b=c", "--adapters", '["b:x=d", "a:y=e"]'])
+    sources = parse_sources(config.models, config.adapters)
+    assert [(s.name, s.model, dict(s.adapters)) for s in sources] == [("a", "a", {"y": "e"}), ("b", "c", {"x": "d"})]
+    assert dict(parse_sources(["only"], ["x=d"])[0].adapters) == {"x": "d"}
+    for models, adapters in [(["a", "a"], []), (["a", "b"], ["x=d"]), (["a"], ["b:x=d"]), (["a"], ["x"])]:
+        with pytest.raises(GristmillError):
+            parse_sources(models, adapters)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    with pytest.raises(GristmillError, match=r"nothing.*here"):
+        serve.run(serve.Config(models=[str(tmp_path / "nothing-here")], port=0))
+
+
+@pytest.mark.parametrize("option", ["threads", "max_body_mb", "max_num_seqs"])
 def test_options_out_of_range_are_named(option: str) -> None:
     with pytest.raises(GristmillError, match=f"--{option} must be at least 1"):
         serve.run(parse(serve.Config, "gristmill serve", ["m", f"--{option}", "0"]))
@@ -105,4 +129,4 @@ def test_options_out_of_range_are_named(option: str) -> None:
 def test_a_missing_extra_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda package: None)
     with pytest.raises(MissingExtra, match=r'pip install "gristmill\[serve\]"'):
-        serve.run(serve.Config(model="none"))
+        serve.run(serve.Config(models=["none"]))

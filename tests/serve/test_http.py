@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from gristmill.errors import GristmillError
 from gristmill.serve.app import create_app
-from gristmill.serve.request import REFUSED, ChatCompletionRequest
-from gristmill.serve.response import ChatCompletion, ChatCompletionChunk, ErrorBody
+from gristmill.serve.wire.answers import ChatCompletion, ChatCompletionChunk
+from gristmill.serve.wire.chat import ChatCompletionRequest
+from gristmill.serve.wire.models import ErrorBody
 from serve.conftest import Served
 from serve.running import running, wait_for
 from serve.scripted_engine import ScriptedEngine, ScriptedLLM
@@ -74,7 +75,7 @@ def test_bodies_that_are_no_requests(served: Served, raw: bytes) -> None:
         ({"min_tokens": 9, "max_tokens": 4}, "min_tokens"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a", ""]}, "stop[1]"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
         ({"stop": "\ud800"}, "stop"),
         ({"user": "\udfff"}, "user"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
@@ -83,14 +84,19 @@ def test_bodies_that_are_no_requests(served: Served, raw: bytes) -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usge": True}}, "stream_options.include_usge"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"modalities": ["audio"]}, "modalities[0]"),
         ({"store": True}, "store"),
         ({"service_tier": "priority"}, "service_tier"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
         ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages[0].name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages"),
@@ -140,7 +146,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-_names = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *REFUSED}))
+_names = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *ChatCompletionRequest.REFUSED}))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from gristmill.serve.token_bytes import token_bytes
+from gristmill.serve.answering.logprobs import token_bytes
 from gristmill.tokens.tokenizer import Tokenizer
 from serve.scripted_engine import byte_tokenizer
 

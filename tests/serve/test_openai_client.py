@@ -131,10 +131,9 @@ def test_logprobs(client: openai.OpenAI, served: Served) -> None:
 
 
 def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="scripted", messages=HI, tools=[tool])
-    assert caught.value.param == "tools"
+        client.chat.completions.create(model="scripted", messages=HI, web_search_options={})
+    assert caught.value.param == "web_search_options"
     assert caught.value.code == "unsupported_parameter"
     assert caught.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="Did you mean temperature") as caught:

@@ -1,6 +1,7 @@
 """Fill a frozen dataclass from a YAML file (`--config`) and dotted command-line overrides."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
@@ -89,11 +90,14 @@ def _named(config: type[Any], arguments: Sequence[str]) -> list[str]:
     `get --name=x`, and `--chat` becomes `--chat=true`.
 
     The words go, in order, to the fields with `metadata={"positional": True}`. Optional positionals of argparse would
-    not do: they must not follow an option, and when absent they wipe out what `--config` said.
+    not do: they must not follow an option, and when absent they wipe out what `--config` said. Where the only required
+    field is a list, all words go to it: `serve a b` becomes `serve ["a", "b"]`.
     """
     fields = dataclasses.fields(config)
     switches = {f"--{name}" for name, kind in _fields(config) if kind is bool}
-    required = sum(f.default is f.default_factory is dataclasses.MISSING for f in fields)
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    required, listed = len(needed), [n for n in needed if get_origin(get_type_hints(config)[n]) is list]
+    words: list[str] = []
     names = [f.name for f in fields if f.metadata.get("positional")]
     named, left, bare = [], list(arguments), 0
     while left:
@@ -105,7 +109,9 @@ def _named(config: type[Any], arguments: Sequence[str]) -> list[str]:
             if "=" not in word and word not in ("-h", "--help", "--print_config"):
                 named.extend(left[:1])
                 del left[:1]
+        elif listed:
+            words.append(word)
         else:
             bare += 1
             named.append(f"--{names.pop(0)}={word}" if bare > required and names else word)
-    return named
+    return [json.dumps(words), *named] if words else named

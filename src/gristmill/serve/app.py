@@ -16,7 +16,8 @@ from gristmill.serve.access.protection import Protection, protect
 from gristmill.serve.api import chat, completions, files, models, operations, pooling, responses, tokens
 from gristmill.serve.api.files import files_and_batches
 from gristmill.serve.errors import ApiError
-from gristmill.serve.host import Load, ModelHost, Servable, Source
+from gristmill.serve.host import Load, ModelHost, Source
+from gristmill.serve.hosted import Servable
 from gristmill.serve.routing.router import RequestRouter
 
 PAGE = Path(__file__).parent / "page"

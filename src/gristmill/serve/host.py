@@ -4,75 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, cast
 
-from gristmill.engine.async_engine import AsyncEngine, StepEngine
-from gristmill.errors import GristmillError, RequestError, closest
+from gristmill.errors import GristmillError, closest
 from gristmill.model.lora.peft import read_lora
-from gristmill.serve.errors import ApiError, closing
-from gristmill.serve.routing.routed import RoutedEngine
+from gristmill.serve.errors import ApiError
+from gristmill.serve.hosted import Asynchronous, Hosted, Servable, ServedModel, async_engine, try_template
 from gristmill.serve.routing.router import RequestRouter
-from gristmill.serve.wire.models import Kind, ModelCard
-from gristmill.tokens.answer.detect import detect
-from gristmill.tokens.answer.formats import AnswerFormat, CallStyle
-from gristmill.tokens.renderer import JinjaRenderer
-from gristmill.tokens.tokenizer import Tokenizer
+from gristmill.serve.wire.models import ModelCard
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 SECONDS_TO_LOAD = 5
 """When a client that came too early is told to come again."""
-
-
-class Servable(Protocol):
-    """A model of any kind."""
-
-    @property
-    def kind(self) -> Kind:
-        """What it can do."""
-
-    @property
-    def model_name(self) -> str:
-        """The name in requests."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Turns texts into ids."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Context length in tokens."""
-
-
-class ServedModel(Servable, Protocol):
-    """A model that generates; `gristmill.LLM` is one."""
-
-    @property
-    def engine(self) -> StepEngine | RoutedEngine:
-        """Owned by the server from its start to its end."""
-
-    @property
-    def renderer(self) -> JinjaRenderer:
-        """Turns a conversation into prompt ids."""
-
-
-Asynchronous = AsyncEngine | RoutedEngine
-"""An engine that coroutines share: a thread of this process, or workers elsewhere."""
-
-
-def async_engine(model: ServedModel) -> Asynchronous:
-    """The engine of a model for coroutines. Nobody else may use the model's own from now on."""
-    return model.engine if isinstance(model.engine, RoutedEngine) else AsyncEngine(model.engine)
 
 
 @dataclass(frozen=True)
@@ -86,66 +34,6 @@ class Source:
 
 Load = Callable[[Source], Servable]
 """Loads a model; called on a thread of its own."""
-
-
-class Hosted:
-    """A model in service, and the one thread that computes it."""
-
-    def __init__(self, model: Servable, name: str, *, engine: Asynchronous | None = None) -> None:
-        self.model, self.name, self.kind = model, name, model.kind
-        self.created = int(time.time())
-        self.adapters: dict[str, str] = {}
-        self.engine = engine
-        if self.kind == "generate":
-            if _try_template(model):
-                _ = self.answer_form  # made on first use, which must not be a request
-            self.engine = engine or async_engine(cast(ServedModel, model))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{name}") if self.engine is None else None
-
-    @property
-    def generator(self) -> ServedModel:
-        """The model, which generates. Raises ApiError for another kind."""
-        if self.engine is None:
-            raise ApiError(
-                400,
-                f"{self.name} does not generate, it can {self.kind}",
-                param="model",
-                code="unsupported_model",
-            )
-        return cast(ServedModel, self.model)
-
-    @cached_property
-    def answer_form(self) -> AnswerFormat:
-        """How the model writes reasoning and tool calls, as its chat template shows them.
-
-        Raises RequestError for a model without a template.
-        """
-        found = detect(cast(ServedModel, self.model).renderer)
-        return found if found.calls is not None else dataclasses.replace(found, calls=CallStyle.HERMES)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether requests are taken."""
-        return self.engine.is_running if self.engine is not None else self._thread is not None
-
-    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The result of a function of the model, called where nothing else uses it.
-
-        Raises what it raises, and EngineClosed when the model leaves.
-        """
-        if self.engine is not None:
-            return await self.engine.run(lambda: function(*arguments))
-        if self._thread is None:
-            raise closing()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
-
-    def close(self, drain_seconds: float) -> None:
-        """Refuse new requests, let running ones finish for so long and end the rest. Blocks; safe to call twice."""
-        if self.engine is not None:
-            self.engine.close(drain_seconds=drain_seconds)
-        elif (thread := self._thread) is not None:
-            self._thread = None
-            thread.shutdown(cancel_futures=True)
 
 
 @dataclass
@@ -194,7 +82,7 @@ class ModelHost:
             raise GristmillError("a source needs `load`, which makes a model of it")
         for model in models:
             if not isinstance(model, Source) and model.kind == "generate":
-                _try_template(model)
+                try_template(model)
         self._models = dict(zip(names, models, strict=True))
         self._load_model = load
         self._slots: dict[str, Slot] = {}
@@ -427,11 +315,3 @@ def _not_ready(slot: Slot) -> ApiError:
         code="model_loading",
         headers={"retry-after": str(SECONDS_TO_LOAD)},
     )
-
-
-def _try_template(model: Servable) -> bool:
-    """Make the chat renderer; False when the model has none. Raises DataError for a template that cannot be used."""
-    try:
-        return cast(ServedModel, model).renderer is not None
-    except RequestError:
-        return False

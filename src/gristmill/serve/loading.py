@@ -10,7 +10,8 @@ from gristmill.engine.classifier import is_classifier, load_servable
 from gristmill.engine.encoders import is_encoder
 from gristmill.engine.scheduling.policies import policy_named
 from gristmill.errors import GristmillError
-from gristmill.serve.host import Servable, Source
+from gristmill.serve.host import Source
+from gristmill.serve.hosted import Servable
 from gristmill.serve.routing.start import start_workers
 
 

@@ -17,7 +17,7 @@ from gristmill.serve.access.keys import Key, KeyFile
 from gristmill.serve.access.note import Note, note_of
 from gristmill.serve.access.quotas import Quota, Quotas
 from gristmill.serve.errors import ApiError
-from gristmill.serve.host import Hosted
+from gristmill.serve.hosted import Hosted
 from gristmill.serve.routing.routed import RoutedEngine
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})

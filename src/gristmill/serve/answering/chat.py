@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from gristmill.core import CompletionOutput, RequestOutput
 from gristmill.errors import DataError, RequestError
-from gristmill.serve.errors import refusal
 from gristmill.serve.answering.events import event, events_of
-from gristmill.serve.host import Target
 from gristmill.serve.answering.jobs import Job, Visit, admit, usage_of
 from gristmill.serve.answering.logprobs import chat_logprobs, prompt_logprobs
 from gristmill.serve.answering.reading import AnswerReader, ReadingPlan, plan_reading
+from gristmill.serve.errors import refusal
+from gristmill.serve.host import Target
 from gristmill.serve.wire.answers import (
     AnswerMessage,
     CalledFunction,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from gristmill.core import CompletionOutput, Prompt, RequestOutput, SamplingParams
 from gristmill.errors import DataError, RequestError
-from gristmill.serve.errors import refusal
 from gristmill.serve.answering.events import event, events_of
-from gristmill.serve.host import Target
 from gristmill.serve.answering.jobs import Job, Visit, admit, usage_of
 from gristmill.serve.answering.logprobs import TextLogprobs, prompt_logprobs
+from gristmill.serve.errors import refusal
+from gristmill.serve.host import Target
 from gristmill.serve.wire.answers import CompletionChoice, CompletionLogprobs, FinishReason, TextCompletion, Usage
 from gristmill.serve.wire.completions import CompletionRequest
 from gristmill.serve.wire.sampling import sampling_params

@@ -18,7 +18,8 @@ from gristmill.errors import DataError, RequestError
 from gristmill.serve.access.gate import Caller
 from gristmill.serve.access.note import Note
 from gristmill.serve.errors import closing, internal_error, refusal
-from gristmill.serve.host import ServedModel, Target
+from gristmill.serve.host import Target
+from gristmill.serve.hosted import ServedModel
 from gristmill.serve.wire.answers import (
     CompletionTokensDetails,
     FinishReason,

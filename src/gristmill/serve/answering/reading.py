@@ -11,7 +11,7 @@ from typing import Any
 from gristmill.core import CompletionOutput, Message, SamplingParams
 from gristmill.engine.constraints.calls import after_reasoning, calls_form
 from gristmill.errors import RequestError
-from gristmill.serve.host import Hosted, ServedModel
+from gristmill.serve.hosted import Hosted, ServedModel
 from gristmill.serve.wire.chat import ChatCompletionRequest, NamedTool, Tool
 from gristmill.serve.wire.sampling import sampling_params
 from gristmill.tokens.answer.formats import AnswerFormat

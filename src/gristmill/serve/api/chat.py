@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from gristmill.errors import DataError, RequestError
 from gristmill.serve.access.gate import require_model
+from gristmill.serve.answering.chat import admit_chat, event_stream, field_names, whole_answer
 from gristmill.serve.api.common import (
     ERRORS,
     answer_while_connected,
@@ -17,7 +18,6 @@ from gristmill.serve.api.common import (
     stream_while_connected,
     visit_of,
 )
-from gristmill.serve.answering.chat import admit_chat, event_stream, field_names, whole_answer
 from gristmill.serve.errors import refusal
 from gristmill.serve.wire.answers import ChatCompletion, ChatCompletionChunk
 from gristmill.serve.wire.chat import ChatCompletionRequest

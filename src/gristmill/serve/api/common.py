@@ -12,10 +12,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from gristmill.serve.access.gate import admit, require_admin, require_model
+from gristmill.serve.answering.jobs import Visit
 from gristmill.serve.connection import EventStream, while_connected
 from gristmill.serve.errors import ApiError
 from gristmill.serve.host import ModelHost, Target
-from gristmill.serve.answering.jobs import Visit
 from gristmill.serve.wire.models import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from gristmill.serve.answering.completions import admit_completion, completion_events, whole_completion
 from gristmill.serve.api.common import (
     ERRORS,
     answer_while_connected,
@@ -14,7 +15,6 @@ from gristmill.serve.api.common import (
     stream_while_connected,
     visit_of,
 )
-from gristmill.serve.answering.completions import admit_completion, completion_events, whole_completion
 from gristmill.serve.wire.answers import TextCompletion
 from gristmill.serve.wire.completions import CompletionRequest
 

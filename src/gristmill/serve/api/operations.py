@@ -79,9 +79,9 @@ async def ready(request: Request) -> Ready:
     host = host_of(request)
     if not host.is_running:
         raise closing()
-    states = {name: slot.state for name, slot in host.slots.items() if slot.hosted is None}
+    states = {name: slot.state for name, slot in host.slots.items() if slot.hosted is None or not slot.hosted.is_ready}
     if states:
-        told = ", ".join(f"{name} ({'loading' if state == 'loading' else 'failed'})" for name, state in states.items())
+        told = ", ".join(f"{name} ({'failed' if state == 'failed' else 'loading'})" for name, state in states.items())
         headers = {"retry-after": str(SECONDS_TO_LOAD)}
         raise ApiError(503, f"not ready: {told}", code="model_loading", headers=headers)
     return Ready(status="ready", models=list(host.slots))

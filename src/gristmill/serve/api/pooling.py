@@ -23,10 +23,10 @@ from gristmill.engine.async_engine import EngineClosed
 from gristmill.engine.classifier import Classification, Encoded, Judged
 from gristmill.engine.scoring import batches_of
 from gristmill.errors import DataError, RequestError
+from gristmill.serve.answering.jobs import Visit
 from gristmill.serve.api.common import ERRORS, answer_while_connected, host_of, json_only, visit_of
 from gristmill.serve.errors import ApiError, closing, refusal
-from gristmill.serve.host import Hosted
-from gristmill.serve.answering.jobs import Visit
+from gristmill.serve.hosted import Hosted
 from gristmill.serve.wire.models import Kind
 from gristmill.serve.wire.pooling import (
     ClassifyRequest,

@@ -13,6 +13,11 @@ from fastapi.responses import Response as HttpResponse
 from pydantic import TypeAdapter
 
 from gristmill.core import RequestOutput
+from gristmill.serve.answering.chat import ChatJob, admit_chat, chat_usage, updates
+from gristmill.serve.answering.events import event
+from gristmill.serve.answering.jobs import Visit
+from gristmill.serve.answering.logprobs import chat_logprobs
+from gristmill.serve.answering.responses import FIELDS, Assembly, chat_request, items_of, new_response
 from gristmill.serve.api.chat import routed
 from gristmill.serve.api.common import (
     ERRORS,
@@ -23,13 +28,8 @@ from gristmill.serve.api.common import (
     visit_of,
 )
 from gristmill.serve.api.owner import Owner
-from gristmill.serve.answering.chat import ChatJob, admit_chat, chat_usage, updates
 from gristmill.serve.errors import ApiError, internal_error
-from gristmill.serve.answering.events import event
 from gristmill.serve.host import Target
-from gristmill.serve.answering.jobs import Visit
-from gristmill.serve.answering.logprobs import chat_logprobs
-from gristmill.serve.answering.responses import FIELDS, Assembly, chat_request, items_of, new_response
 from gristmill.serve.wire.answers import FinishReason
 from gristmill.serve.wire.chat import ChatCompletionRequest
 from gristmill.serve.wire.responses import Item, Response, ResponseDeleted, ResponseEvent, ResponseRequest

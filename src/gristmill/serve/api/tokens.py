@@ -9,10 +9,10 @@ from fastapi.responses import Response
 
 from gristmill.errors import DataError, RequestError
 from gristmill.serve.access.gate import require_model
+from gristmill.serve.answering.reading import render_conversation
 from gristmill.serve.api.common import ERRORS, host_of, json_answer, json_only
 from gristmill.serve.errors import ApiError, refusal
 from gristmill.serve.host import Target
-from gristmill.serve.answering.reading import render_conversation
 from gristmill.serve.wire.models import (
     DetokenizeRequest,
     DetokenizeResponse,

@@ -1,0 +1,137 @@
+"""A model in service, and the one thread or the workers that compute it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Protocol, TypeVar, cast
+
+from gristmill.engine.async_engine import AsyncEngine, StepEngine
+from gristmill.errors import RequestError
+from gristmill.serve.errors import ApiError, closing
+from gristmill.serve.routing.routed import RoutedEngine
+from gristmill.serve.wire.models import Kind
+from gristmill.tokens.answer.detect import detect
+from gristmill.tokens.answer.formats import AnswerFormat, CallStyle
+from gristmill.tokens.renderer import JinjaRenderer
+from gristmill.tokens.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class Servable(Protocol):
+    """A model of any kind."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it can do."""
+
+    @property
+    def model_name(self) -> str:
+        """The name in requests."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns texts into ids."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Context length in tokens."""
+
+
+class ServedModel(Servable, Protocol):
+    """A model that generates; `gristmill.LLM` is one."""
+
+    @property
+    def engine(self) -> StepEngine | RoutedEngine:
+        """Owned by the server from its start to its end."""
+
+    @property
+    def renderer(self) -> JinjaRenderer:
+        """Turns a conversation into prompt ids."""
+
+
+Asynchronous = AsyncEngine | RoutedEngine
+"""An engine that coroutines share: a thread of this process, or workers elsewhere."""
+
+
+def async_engine(model: ServedModel) -> Asynchronous:
+    """The engine of a model for coroutines. Nobody else may use the model's own from now on."""
+    return model.engine if isinstance(model.engine, RoutedEngine) else AsyncEngine(model.engine)
+
+
+class Hosted:
+    """A model in service, and the one thread that computes it."""
+
+    def __init__(self, model: Servable, name: str, *, engine: Asynchronous | None = None) -> None:
+        self.model, self.name, self.kind = model, name, model.kind
+        self.created = int(time.time())
+        self.adapters: dict[str, str] = {}
+        self.engine = engine
+        if self.kind == "generate":
+            if try_template(model):
+                _ = self.answer_form  # made on first use, which must not be a request
+            self.engine = engine or async_engine(cast(ServedModel, model))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{name}") if self.engine is None else None
+
+    @property
+    def generator(self) -> ServedModel:
+        """The model, which generates. Raises ApiError for another kind."""
+        if self.engine is None:
+            raise ApiError(
+                400,
+                f"{self.name} does not generate, it can {self.kind}",
+                param="model",
+                code="unsupported_model",
+            )
+        return cast(ServedModel, self.model)
+
+    @cached_property
+    def answer_form(self) -> AnswerFormat:
+        """How the model writes reasoning and tool calls, as its chat template shows them.
+
+        Raises RequestError for a model without a template.
+        """
+        found = detect(cast(ServedModel, self.model).renderer)
+        return found if found.calls is not None else dataclasses.replace(found, calls=CallStyle.HERMES)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.is_running if self.engine is not None else self._thread is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be answered now: workers may be starting again."""
+        return self.engine.is_ready if isinstance(self.engine, RoutedEngine) else self.is_running
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The result of a function of the model, called where nothing else uses it.
+
+        Raises what it raises, and EngineClosed when the model leaves.
+        """
+        if self.engine is not None:
+            return await self.engine.run(lambda: function(*arguments))
+        if self._thread is None:
+            raise closing()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+
+    def close(self, drain_seconds: float) -> None:
+        """Refuse new requests, let running ones finish for so long and end the rest. Blocks; safe to call twice."""
+        if self.engine is not None:
+            self.engine.close(drain_seconds=drain_seconds)
+        elif (thread := self._thread) is not None:
+            self._thread = None
+            thread.shutdown(cancel_futures=True)
+
+
+def try_template(model: Servable) -> bool:
+    """Make the chat renderer; False when the model has none. Raises DataError for a template that cannot be used."""
+    try:
+        return cast(ServedModel, model).renderer is not None
+    except RequestError:
+        return False

@@ -1,0 +1,203 @@
+"""Models come, change and go while the server runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gristmill import LLM
+from gristmill.errors import GristmillError
+from gristmill.model.lora.peft import save_lora
+from gristmill.serve.app import create_app
+from gristmill.serve.host import Source
+from gristmill.serve.hosted import Servable
+from gristmill.serve.routing.router import parse_router
+from model.lora.adapters import lora
+from serve.running import running, wait_for
+from serve.scripted_engine import ScriptedEngine, ScriptedLLM
+from serve.test_reasoning import HI
+from serve.tiny import save_tiny_model
+
+
+class Shelf:
+    """A loader of scripted models: what a source says is what its model answers."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, ScriptedEngine] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.version = 1
+
+    def __call__(self, source: Source) -> Servable:
+        assert self.gate.wait(20)
+        if source.model == "broken":
+            raise GristmillError("broken: no such model")
+        engine = ScriptedEngine(lambda prompt, say=f"{source.model} {self.version}": say)
+        self.engines[source.name] = engine
+        return ScriptedLLM(engine, source.name)
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def http(shelf: Shelf) -> Iterator[httpx.Client]:
+    app = create_app([Source("one", "first")], load=shelf)
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+        wait_for(lambda: client.get("/ready").status_code == 200)
+        yield client
+
+
+def say(http: httpx.Client, model: str) -> httpx.Response:
+    return http.post("/v1/chat/completions", json={"model": model, "messages": HI})
+
+
+def said(http: httpx.Client, model: str) -> Any:
+    return say(http, model).json()["choices"][0]["message"]["content"]
+
+
+def names(http: httpx.Client) -> list[str]:
+    return [card["id"] for card in http.get("/v1/models").json()["data"]]
+
+
+def test_while_a_model_loads_the_server_says_so(shelf: Shelf) -> None:
+    shelf.gate.clear()
+    with running(create_app([Source("one", "first")], load=shelf)) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 503
+        answer = say(http, "first")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
+        assert int(answer.headers["retry-after"]) > 0
+        assert http.get("/v1/models").json()["data"][0]["state"] == "loading"
+        shelf.gate.set()
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        assert said(http, "first") == "one 1"
+
+
+def test_a_model_is_loaded_and_unloaded(http: httpx.Client) -> None:
+    card = http.post("/v1/models/load", json={"model": "two", "name": "second"}).json()
+    assert (card["id"], card["state"], card["kind"]) == ("second", "ready", "generate")
+    assert names(http) == ["first", "second"]
+    assert (said(http, "first"), said(http, "second")) == ("one 1", "two 1")
+    again = http.post("/v1/models/load", json={"model": "x", "name": "second"})
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "name_in_use")
+    assert http.post("/v1/models/unload", json={"model": "second"}).status_code == 200
+    assert names(http) == ["first"]
+    assert say(http, "second").json()["error"]["code"] == "model_not_found"
+    broken = http.post("/v1/models/load", json={"model": "broken"})
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "load_failed")
+    assert names(http) == ["first"]
+
+
+def test_unloading_lets_running_requests_finish(http: httpx.Client, shelf: Shelf) -> None:
+    engine = shelf.engines["first"]
+    engine.gate.clear()
+    answers: list[httpx.Response] = []
+    reader = threading.Thread(target=lambda: answers.append(say(http, "first")))
+    reader.start()
+    wait_for(lambda: engine.added)
+    unload = threading.Thread(target=lambda: http.post("/v1/models/unload", json={"model": "first"}))
+    unload.start()
+    wait_for(lambda: names(http) == [])
+    engine.gate.set()
+    reader.join(10)
+    unload.join(10)
+    assert answers[0].json()["choices"][0]["message"]["content"] == "one 1"
+
+
+def test_a_reloaded_model_answers_and_the_old_one_finishes(http: httpx.Client, shelf: Shelf) -> None:
+    old = shelf.engines["first"]
+    old.gate.clear()
+    answers: list[httpx.Response] = []
+    reader = threading.Thread(target=lambda: answers.append(say(http, "first")))
+    reader.start()
+    wait_for(lambda: old.added)
+    shelf.version = 2
+    assert http.post("/v1/models/reload", json={"model": "first"}).json()["state"] == "ready"
+    assert said(http, "first") == "one 2"
+    assert not answers
+    old.gate.set()
+    reader.join(10)
+    assert answers[0].json()["choices"][0]["message"]["content"] == "one 1"
+
+
+def test_changes_need_json_and_a_loader(http: httpx.Client) -> None:
+    assert http.post("/v1/models/unload", content=b'{"model": "first"}').status_code == 400
+    elsewhere = http.post("/v1/models/unload", json={"model": "first"}, headers={"host": "evil.example"})
+    assert elsewhere.status_code == 403
+    with running(create_app(ScriptedLLM(ScriptedEngine()))) as url:
+        for path, body in [("load", {"model": "x"}), ("reload", {"model": "scripted"})]:
+            answer = httpx.post(f"{url}/v1/models/{path}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_reloadable")
+
+
+def test_files_that_change_are_loaded_anew(tmp_path: Path, shelf: Shelf) -> None:
+    weights = tmp_path / "weights"
+    weights.write_text("1")
+    app = create_app([Source(str(tmp_path), "first")], load=shelf, watch_seconds=0.02)
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as http:
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        first = shelf.engines["first"]
+        wait_for(lambda: said(http, "first").endswith(" 1"))
+        threading.Event().wait(0.2)
+        assert shelf.engines["first"] is first  # nothing has changed
+        shelf.version = 2
+        weights.write_text("22")
+        wait_for(lambda: said(http, "first").endswith(" 2"))
+
+
+def test_a_router_sends_easy_and_hard_requests_to_two_models(shelf: Shelf) -> None:
+    router = parse_router("name=auto,small=small,large=large,threshold=0.3,by=text")
+    sources = [Source("s", "small"), Source("l", "large")]
+    with running(create_app(sources, load=shelf, routers=[router])) as url, httpx.Client(base_url=url) as http:
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        assert names(http) == ["small", "large", "auto"]
+        hard = "Prove, step by step, that 1 + 2 + ... + n equals n(n+1)/2, and derive the formula for squares. " * 3
+        found = []
+        for text in ("Hi", hard):
+            body = {"model": "auto", "messages": [{"role": "user", "content": text}]}
+            answer = http.post("/v1/chat/completions", json=body)
+            found.append(answer.json()["model"])
+            assert answer.headers["x-gristmill-model"] == found[-1]
+        assert found == ["small", "large"]
+    with pytest.raises(GristmillError, match="not served"):
+        create_app([Source("s", "small")], load=shelf, routers=[router])
+
+
+def test_adapters_answer_under_their_own_names(tmp_path: Path) -> None:
+    llm = LLM(save_tiny_model(tmp_path / "base"))
+    llm.model_name = "tiny"
+    config = llm.model.config
+    save_lora(lora(1, config), tmp_path / "lora")
+    with running(create_app(llm)) as url, httpx.Client(base_url=url, timeout=60) as http:
+
+        def answer(model: str) -> Any:
+            body = {"model": model, "messages": HI, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+            found = http.post("/v1/chat/completions", json=body)
+            assert found.status_code == 200, found.text
+            assert found.json()["model"] == model
+            return found.json()["choices"][0]["token_ids"]
+
+        plain = answer("tiny")
+        assert say(http, "tiny:style").status_code == 404
+        body = {"model": "tiny", "lora_name": "style", "lora_path": str(tmp_path / "lora")}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert names(http) == ["tiny", "tiny:style"]
+        styled = answer("tiny:style")
+        assert styled != plain == answer("tiny")
+        save_lora(lora(2, config), tmp_path / "lora")
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert answer("tiny:style") != styled  # nothing of the older one is left in the prefix cache
+        wrong = http.post("/v1/load_lora_adapter", json={**body, "lora_path": str(tmp_path)})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "lora_path")
+        gone = http.post("/v1/unload_lora_adapter", json={"model": "tiny", "lora_name": "style"})
+        assert gone.status_code == 200
+        assert names(http) == ["tiny"]
+        assert say(http, "tiny:style").status_code == 404
