@@ -1,6 +1,6 @@
 """What HTTP costs: streams through the server against the same requests in the engine's own loop, in turns.
 
-    python bench/serve.py [--model smollm2-135m] [--quantization w8a8] [--streams 32] [--prompt 64] [--new 64]
+    python bench/serve.py [--model smollm2-135m] [--quantization w8a8] [--streams 32] [--prompt 64] [--new 128]
                           [--rounds 7] [--first 30]
 
 Both sides use one engine in one process: a turn renders the same conversations, with fresh random text, and generates
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization")
-    for name, value in {"streams": 32, "prompt": 64, "new": 64, "rounds": 7, "first": 30}.items():
+    for name, value in {"streams": 32, "prompt": 64, "new": 128, "rounds": 7, "first": 30}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     llm = LLM(options.model, quantization=options.quantization)
