@@ -450,7 +450,7 @@ def test_places_with_spaces_and_relative_ones(
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
+@pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_an_encoder_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     encoder(tmp_path / "bert", vocab_size=helpers.VOCABULARY)
     helpers.tokenizer().save(tmp_path / "bert")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,8 @@ from serve.running import wait_for
 from serve.tiny import save_tiny_model
 
 
-def test_it_serves_until_ctrl_c_and_tells_open_streams_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("drain_seconds", "presses"), [("1", 1), ("600", 2)])
+def test_it_serves_until_ctrl_c_and_tells_open_streams_so(tmp_path: Path, drain_seconds: str, presses: int) -> None:
     model = save_tiny_model(tmp_path / "model")
     command = [
         sys.executable,
@@ -32,7 +34,7 @@ def test_it_serves_until_ctrl_c_and_tells_open_streams_so(tmp_path: Path) -> Non
         "--port",
         "0",
         "--drain_seconds",
-        "1",
+        drain_seconds,
         "--threads",
         "1",
     ]
@@ -58,7 +60,9 @@ def test_it_serves_until_ctrl_c_and_tells_open_streams_so(tmp_path: Path) -> Non
         reader.start()
         wait_for(lambda: lines, 30)
     finally:
-        process.send_signal(signal.SIGINT)
+        for _ in range(presses):  # a second one does not wait
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
         out, errors = process.communicate(timeout=30)
     reader.join(10)
     assert process.returncode == 0
@@ -124,6 +128,17 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
 def test_options_out_of_range_are_named(option: str) -> None:
     with pytest.raises(GristmillError, match=f"--{option} must be at least 1"):
         serve.run(parse(serve.Config, "gristmill serve", ["m", f"--{option}", "0"]))
+
+
+def test_options_that_cannot_be_applied_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for options, message in [
+        (["--watch_seconds", "0"], "--watch_seconds must be above 0"),
+        (["--workers", "1", "--adapters", "[a=b]"], "workers take no adapters"),
+        (["--data_dir", str(tmp_path / "file")], "file: cannot be used"),
+    ]:
+        with pytest.raises(GristmillError, match=message):
+            serve.run(parse(serve.Config, "gristmill serve", ["m", "--port", "0", *options]))
 
 
 def test_a_missing_extra_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

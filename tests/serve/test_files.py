@@ -194,6 +194,14 @@ def test_uploads_that_are_refused(kept: Kept) -> None:
         assert kept.http.request(method, path).status_code == 404
 
 
+def test_a_file_name_that_cannot_be_sent_back(kept: Kept) -> None:
+    head = b"--x\r\nContent-Disposition: form-data; name="
+    body = head + b'"file"; filename="\\ud800.jsonl"\r\n\r\n{}\r\n' + head + b'"purpose"\r\n\r\nbatch\r\n--x--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    answer = kept.http.post("/v1/files", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["filename"]) == (200, "?.jsonl")
+
+
 def test_keys_see_their_own_files_alone_and_their_batches_are_asked_in_their_name(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     secrets = [create_key(keys, "ann"), create_key(keys, "bob", requests_per_minute=30)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from gristmill import LLM
 from gristmill.errors import GristmillError
 from gristmill.model.lora.peft import save_lora
+from gristmill.serve.access.protection import Protection
 from gristmill.serve.app import create_app
 from gristmill.serve.host import Source
-from gristmill.serve.hosted import Servable
+from gristmill.serve.hosted import Hosted, Servable
 from gristmill.serve.routing.router import parse_router
 from model.lora.adapters import lora
 from serve.running import running, wait_for
@@ -32,9 +34,12 @@ class Shelf:
         self.gate = threading.Event()
         self.gate.set()
         self.version = 1
+        self.waiting = 0
 
     def __call__(self, source: Source) -> Servable:
+        self.waiting += 1
         assert self.gate.wait(20)
+        self.waiting -= 1
         if source.model == "broken":
             raise GristmillError("broken: no such model")
         engine = ScriptedEngine(lambda prompt, say=f"{source.model} {self.version}": say)
@@ -128,6 +133,40 @@ def test_a_reloaded_model_answers_and_the_old_one_finishes(http: httpx.Client, s
     assert answers[0].json()["choices"][0]["message"]["content"] == "one 1"
 
 
+def test_of_two_reloads_at_once_no_model_stays_behind(
+    http: httpx.Client, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Hosted] = []
+    close = Hosted.close
+    monkeypatch.setattr(Hosted, "close", lambda self, seconds: (closed.append(self), close(self, seconds)))
+    shelf.gate.clear()
+    reload = partial(http.post, "/v1/models/reload", json={"model": "first"})
+    both = [threading.Thread(target=reload) for _ in range(2)]
+    for each in both:
+        each.start()
+    wait_for(lambda: shelf.waiting == 2)
+    shelf.gate.set()
+    for each in both:
+        each.join(10)
+    wait_for(lambda: len(set(closed)) == 2)
+    assert said(http, "first") == "one 1"
+
+
+def test_a_load_that_outlasts_its_request_is_not_lost(shelf: Shelf) -> None:
+    app = create_app([Source("one", "first")], load=shelf, protection=Protection(request_seconds=0.3))
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as http:
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        for model, left in (("two", ["first", "second"]), ("broken", ["first", "second"])):
+            shelf.gate.clear()
+            answer = http.post("/v1/models/load", json={"model": model, "name": "second" if model == "two" else "b"})
+            assert answer.status_code == 504
+            assert http.post("/v1/models/reload", json={"model": names(http)[-1]}).status_code == 503  # it loads
+            shelf.gate.set()
+            wait_for(lambda: "loading" not in {card["state"] for card in http.get("/v1/models").json()["data"]})
+            assert names(http) == left
+        assert said(http, "second") == "two 1"
+
+
 def test_changes_need_json_and_a_loader(http: httpx.Client) -> None:
     assert http.post("/v1/models/unload", content=b'{"model": "first"}').status_code == 400
     elsewhere = http.post("/v1/models/unload", json={"model": "first"}, headers={"host": "evil.example"})
@@ -167,8 +206,29 @@ def test_a_router_sends_easy_and_hard_requests_to_two_models(shelf: Shelf) -> No
             found.append(answer.json()["model"])
             assert answer.headers["x-gristmill-model"] == found[-1]
         assert found == ["small", "large"]
+        for path, body, code in (
+            ("unload", {"model": "small"}, "model_in_use"),
+            ("load", {"model": "x", "name": "auto"}, "name_in_use"),
+        ):
+            answer = http.post(f"/v1/models/{path}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, code)
+        assert names(http) == ["small", "large", "auto"]
     with pytest.raises(GristmillError, match="not served"):
         create_app([Source("s", "small")], load=shelf, routers=[router])
+
+
+def test_a_client_that_leaves_ends_the_probe_of_its_request() -> None:
+    small, large = ScriptedEngine(), ScriptedEngine()
+    router = parse_router("name=auto,small=small,large=large,threshold=0.3")
+    app = create_app([ScriptedLLM(small, "small"), ScriptedLLM(large, "large")], routers=[router])
+    small.gate.clear()
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/chat/completions", json={"model": "auto", "messages": HI}, timeout=0.3)
+        small.step_seconds = 0.1
+        small.gate.set()
+        wait_for(lambda: small.aborted)
+        assert not large.added
 
 
 def test_adapters_answer_under_their_own_names(tmp_path: Path) -> None:

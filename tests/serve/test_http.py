@@ -14,6 +14,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from gristmill.errors import GristmillError
 from gristmill.serve.app import create_app
@@ -117,6 +118,26 @@ def test_a_wrong_field_is_named(served: Served, fields: dict[str, object], param
 def test_numbers_that_json_does_not_have(served: Served, number: str) -> None:
     body = json.dumps(served.body(temperature=12345)).replace("12345", number)
     assert error_of(served.http.post(PATH, content=body, headers=JSON))["param"] == "temperature"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [1] * 3000},
+        {"messages": [{"role": "user", "content": [1] * 3000}]},
+        {"bad_words": [1] * 3000},
+        {"logit_bias": {f"x{number}": 1 for number in range(3000)}},
+        {"metadata": {f"x{number}": 1 for number in range(3000)}},
+        {"chat_template_kwargs": {"x": [float("nan")] * 3000}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_not_all_of_a_thousand_faults_are_gathered(served: Served, fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as found:
+        ChatCompletionRequest.model_validate(served.body(**fields))
+    assert found.value.error_count() == 1
+    answer = served.http.post("/v1/chat/completions", content=json.dumps(served.body(**fields)), headers=JSON)
+    assert answer.json()["error"]["param"].startswith(next(iter(fields)))
 
 
 def test_a_field_name_that_cannot_be_sent_back(served: Served) -> None:

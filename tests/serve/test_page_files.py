@@ -41,7 +41,18 @@ def test_every_file_that_is_named_is_served(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "../app.py", "%2e%2e/app.py", "..%2fapp.py", "vendor", "vendor/README.md", "none.js"]
+    "name",
+    [
+        "",
+        "../app.py",
+        "%2e%2e/app.py",
+        "..%2fapp.py",
+        "vendor",
+        "vendor/README.md",
+        "none.js",
+        "%00.js",
+        "a" * 300 + ".js",
+    ],
 )
 def test_nothing_else_is_served(served: Served, name: str) -> None:
     assert served.http.get(f"/static/{name}").status_code == 404

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gristmill.serve.answering.reading import _SpecialTokens
 from gristmill.serve.wire.chat import THINKING_TOKENS
 from serve.conftest import Served
 
@@ -128,3 +129,11 @@ def test_a_forbidden_phrase_ends_the_answer(stream: bool) -> None:
         else:
             choice = answer.json()["choices"][0]
             assert (choice["message"]["content"], choice["finish_reason"]) == ("All fine, ", "content_filter")
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 50])
+def test_special_tokens_are_dropped_from_pieces_of_any_length(width: int) -> None:
+    drop = _SpecialTokens([*(f"<|extra_{number}|>" for number in range(1000)), "<|end|>", "[E]"]).drop
+    text = "a<|extra_7|> <b|[E][E <|extra_1000|><|end|><|en"
+    pieces = [drop(text[start : start + width], last=False) for start in range(0, len(text), width)]
+    assert "".join([*pieces, drop("", last=True)]) == "a <b|[E <|extra_1000|><|en"

@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face tokenizer directories."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,24 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     assert loaded.backend.to_str() == CHAT.backend.to_str()
     for field in ("bos_token_id", "eos_token_id", "pad_token_id", "stop_token_ids", "chat_template", "add_bos_token"):
         assert getattr(loaded, field) == getattr(CHAT, field)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    text, turns, over = "hello world " * 20_000, [], threading.Event()
+
+    def other() -> None:
+        while not over.wait(0.001):
+            turns.append(begun.is_set())
+
+    begun, thread = threading.Event(), threading.Thread(target=other)
+    thread.start()
+    begun.set()
+    ids = CHAT.encode(text)
+    count = sum(turns)
+    over.set()
+    thread.join()
+    assert count > 5
+    assert ids == CHAT.backend.encode(text, add_special_tokens=False).ids
 
 
 def test_saving_over_another_tokenizer_drops_its_template_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from gristmill.cli.loading import Loading
 from gristmill.errors import GristmillError, MissingExtra
+from gristmill.files import exclusive
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Config(Loading):
     """A name that sends easy requests to one model and hard ones to another:
     name=auto,small=A,large=B,threshold=0.3[,by=text]; MODEL@BUDGET limits the thinking."""
     workers: int = 0
-    """Compute each model in so many processes, which are started again when they die; 0 computes in this one."""
+    """Compute each model that generates in so many processes, which are started again when they die; 0 computes in this one."""
     ray: bool = False
     """Let Ray Serve run the workers, on the cluster that RAY_ADDRESS names or on this machine."""
     watch_seconds: float | None = None
@@ -92,6 +93,10 @@ def run(config: Config) -> int:
     for name in ("workers", "drain_seconds"):
         if getattr(config, name) < 0:
             raise GristmillError(f"--{name} must be 0 or more, got {getattr(config, name)}")
+    if config.watch_seconds is not None and not config.watch_seconds > 0:
+        raise GristmillError(f"--watch_seconds must be above 0, got {config.watch_seconds}")
+    if config.adapters and (config.workers or config.ray):
+        raise GristmillError("--adapters: workers take no adapters; leave --workers and --ray out")
     if (config.tls_cert is None) != (config.tls_key is None):
         raise GristmillError("--tls_cert and --tls_key belong together")
     listener = _listen(config.host, config.port)  # before a model is loaded: a taken port is told at once
@@ -139,6 +144,9 @@ def _serve(config: Config, listener: socket.socket) -> int:
         routers=[] if config.router is None else [parse_router(config.router)],
         watch_seconds=config.watch_seconds,
     )
+    if config.data_dir is not None:
+        with exclusive(config.data_dir):  # as the app will hold it; from within it this would be a traceback
+            pass
     tls = None if config.tls_cert is None or config.tls_key is None else Tls(config.tls_cert, config.tls_key)
     configure_logs(config.log_format)
     port = listener.getsockname()[1]

@@ -90,7 +90,12 @@ async def static(name: str) -> FileResponse:
 
 
 def _file(name: str) -> FileResponse:
-    path = (PAGE / name).resolve()
-    if path.suffix not in MEDIA_TYPES or not path.is_relative_to(PAGE.resolve()) or not path.is_file():
+    path = PAGE / name
+    try:
+        path = path.resolve()
+        found = path.suffix in MEDIA_TYPES and path.is_relative_to(PAGE.resolve()) and path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
+        found = False
+    if not found:
         raise ApiError(404, "there is no such file", code="not_found")
     return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers={"cache-control": "no-cache"})

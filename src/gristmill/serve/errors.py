@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
-from gristmill.errors import DataError, RequestError
+from gristmill.errors import DataError, MissingExtra, RequestError
 from gristmill.serve.wire.base import UNSUPPORTED
 from gristmill.serve.wire.models import ErrorBody, ErrorDetail
 
@@ -74,6 +74,11 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return (error if isinstance(error, ApiError) else _from_http(error)).response()
 
+    async def on_missing(_: Request, error: Exception) -> Response:
+        # a client cannot mend it, and need not try again
+        return ApiError(501, str(error), code="package_missing", headers={"x-should-retry": "false"}).response()
+
+    app.add_exception_handler(MissingExtra, on_missing)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from gristmill.errors import GristmillError, closest
 from gristmill.model.lora.peft import read_lora
@@ -18,6 +18,8 @@ from gristmill.serve.routing.router import RequestRouter
 from gristmill.serve.wire.models import ModelCard
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SECONDS_TO_LOAD = 5
 """When a client that came too early is told to come again."""
@@ -161,33 +163,38 @@ class ModelHost:
     async def load(self, source: Source) -> ModelCard:
         """Load one more model. Raises ApiError for a name in use and for what cannot be loaded; no trace stays then."""
         self._need_loader()
-        if source.name in self._slots:
+        if source.name in self._slots or source.name in self.routers:
             raise ApiError(409, f"a model called {source.name!r} is served already", param="name", code="name_in_use")
         slot = self._slots[source.name] = Slot(source.name, source)
-        await self._fill(slot)
+        await asyncio.shield(self._spawn(self._fill_or_drop(slot)))
         if slot.hosted is None:
-            del self._slots[source.name]
             raise ApiError(400, f"{source.model}: {slot.error}", param="model", code="load_failed")
         return self._cards_of(slot)[0]
 
     async def reload(self, name: str) -> ModelCard:
         """Load a model anew and put it in the place of the old one, which finishes what it began.
 
-        Both are in memory for a while. Raises ApiError when it cannot be loaded; the old one stays then.
+        Both are in memory for a while. Raises ApiError while it loads for the first time, and when it cannot be loaded;
+        the old one stays then.
         """
         slot = self._slot(name)
         self._need_loader()
         if slot.source is None:
             raise ApiError(400, f"{name} was not loaded from a source", param="model", code="not_reloadable")
-        before = slot.hosted
-        fresh = Slot(name, slot.source)
+        if slot.state == "loading":
+            raise _not_ready(slot)
+        return await asyncio.shield(self._spawn(self._reload(slot, slot.source)))
+
+    async def _reload(self, slot: Slot, source: Source) -> ModelCard:
+        name, fresh = slot.name, Slot(slot.name, source)
         await self._fill(fresh)
         if fresh.hosted is None:
-            raise ApiError(400, f"{slot.source.model}: {fresh.error}", param="model", code="load_failed")
+            raise ApiError(400, f"{source.model}: {fresh.error}", param="model", code="load_failed")
         if self._slots.get(name) is not slot:  # unloaded meanwhile
             await asyncio.to_thread(fresh.hosted.close, 0)
             raise ApiError(409, f"{name} was unloaded meanwhile", param="model", code="model_not_found")
-        slot.hosted, slot.state, slot.error = fresh.hosted, "ready", None
+        # the one of now, which another reload may have put there meanwhile
+        before, slot.hosted, slot.state, slot.error = slot.hosted, fresh.hosted, "ready", None
         if before is not None:
             self._spawn(asyncio.to_thread(before.close, 3600))
         return self._cards_of(slot)[0]
@@ -197,6 +204,9 @@ class ModelHost:
         slot = self._slot(name)
         if slot.hosted is None:
             raise _not_ready(slot)
+        for router in self.routers.values():
+            if name in (router.small.model, router.large.model):
+                raise ApiError(409, f"router {router.name} needs {name}", param="model", code="model_in_use")
         others = [each.hosted for each in self._slots.values() if each is not slot and each.hosted is not None]
         del self._slots[name]
         if all(each.engine is None or each.engine is not slot.hosted.engine for each in others):
@@ -252,6 +262,11 @@ class ModelHost:
         hosted = [slot.hosted for slot in self._slots.values() if slot.hosted is not None]
         await asyncio.gather(*(asyncio.to_thread(each.close, drain_seconds) for each in hosted))
 
+    async def _fill_or_drop(self, slot: Slot) -> None:
+        await self._fill(slot)
+        if slot.hosted is None:
+            del self._slots[slot.name]
+
     async def _fill(self, slot: Slot) -> None:
         assert slot.source is not None
         assert self._load_model is not None
@@ -278,15 +293,17 @@ class ModelHost:
         if self._load_model is None:
             raise ApiError(400, "this server was made with its models and loads no others", code="not_reloadable")
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Work that goes on when the request that asked for it ends: what it loads would be nobody's."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _load_adapter(hosted: Hosted, adapter: str, path: str) -> None:
     model = cast(Any, hosted.generator)
-    if not hasattr(model, "load_adapter"):
+    if not hasattr(model.engine, "load_adapter"):
         raise ApiError(400, f"{hosted.name} runs in workers, which take no adapters", param="model", code="no_adapters")
     try:
         lora = await asyncio.to_thread(read_lora, Path(path), model.model.config)
@@ -299,8 +316,8 @@ async def _load_adapter(hosted: Hosted, adapter: str, path: str) -> None:
 def fingerprint(model: str) -> object:
     """Names, sizes and times of a model's files; None where it is none of this machine's."""
     root = Path(model)
-    files = [root] if root.is_file() else sorted(root.rglob("*"))
     with contextlib.suppress(OSError):
+        files = [root] if root.is_file() else sorted(root.rglob("*"))
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()] or None
     return None
 

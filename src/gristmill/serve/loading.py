@@ -57,6 +57,8 @@ class Loader:
         """The model. Raises what loading it raises."""
         options = {name: value for name, value in self.generation.items() if value is not None}
         if not _generates(source):
+            if self.workers and not any(map(_generates, self.sources)):
+                raise GristmillError("--workers and --ray are for models that generate; leave them out")
             theirs = {} if any(map(_generates, self.sources)) else {n: v for n, v in options.items() if n in _CHOSEN}
             return load_servable(source.model, **{**theirs, "dtype": self.dtype})
         options |= {"dtype": self.dtype, "policy": policy_named("priority", ageing=1.0)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -41,7 +43,8 @@ class Server(uvicorn.Server):
     """Serves an app of `create_app` on a bound socket, and calls `on_ready` once all models are loaded.
 
     When a model cannot be loaded it stops, with a `failure`. When it is told to stop, new requests are refused, running
-    ones get `drain_seconds` to finish, and those that need longer end with an error that says so.
+    ones get `drain_seconds` to finish, and those that need longer end with an error that says so. A second Ctrl-C ends
+    them at once, a third waits for nobody.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Server(uvicorn.Server):
         self.drain_seconds = drain_seconds
         self.on_ready = on_ready
         self.failure: GristmillError | None = None
+        self._hurry = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and tell when the models are there."""
@@ -77,11 +81,26 @@ class Server(uvicorn.Server):
         failed = await self.app.state.host.wait()
         if failed:
             slot = failed[0]
-            self.failure = GristmillError(f"{slot.source.model}: {slot.error}")
+            reason = str(getattr(slot.error, "detail", slot.error))  # of an ApiError without its status
+            told = reason.startswith(slot.source.model)
+            self.failure = GristmillError(reason if told else f"{slot.source.model}: {reason}")
             self.should_exit = True
         elif not self.should_exit:
             self.on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop the engines while uvicorn waits for the connections that use them."""
+        hurrying = asyncio.ensure_future(self._end_at_once())
         await asyncio.gather(super().shutdown(sockets), self.app.state.host.close(self.drain_seconds))
+        hurrying.cancel()
+
+    async def _end_at_once(self) -> None:
+        await self._hurry.wait()
+        await self.app.state.host.close(0)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; uvicorn's own second Ctrl-C would cut the connections while the engines go on."""
+        if not self.should_exit or self._hurry.is_set() or sig != signal.SIGINT:
+            super().handle_exit(sig, frame)
+        else:
+            asyncio.get_running_loop().call_soon_threadsafe(self._hurry.set)

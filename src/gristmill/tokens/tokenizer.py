@@ -66,7 +66,8 @@ class Tokenizer:
         a surrogate pair, which UTF-8 cannot hold.
         """
         try:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
+            # of a batch, even of one: only that lets other threads run meanwhile
+            ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError as error:
             raise _not_encodable([text], error) from error
         add_bos = self.add_bos_token if add_bos is None else add_bos

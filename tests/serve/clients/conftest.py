@@ -61,7 +61,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     beside = Path(__file__).parents[3] / ".venv-clients" / "bin" / "python"
     python = Path(os.environ.get("GRISTMILL_CLIENTS_PYTHON", beside))
     if not python.exists():
-        pytest.skip("the clients are not installed: scripts/clients.sh does it")
+        pytest.skip("the clients are not installed: scripts/test.sh does it")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
 
     def run(name: str, *arguments: object, folder: str = ".") -> Any:

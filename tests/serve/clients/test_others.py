@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_lm_eval(place: Place, client: Client) -> None:
 
 
 @pytest.mark.asset
-def test_lm_eval_with_smollm2(client: Client) -> None:
-    from gristmill.assets import get
-
-    compare_lm_eval(LLM("smollm2-135m"), str(get("smollm2-135m")), client)
+def test_lm_eval_with_smollm2(tmp_path: Path, client: Client) -> None:
+    llm = LLM("smollm2-135m")
+    llm.tokenizer.save(tmp_path)
+    compare_lm_eval(llm, str(tmp_path), client)

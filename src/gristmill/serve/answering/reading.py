@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gristmill.core import CompletionOutput, Message, SamplingParams
@@ -44,6 +45,13 @@ class ReadingPlan:
     def reasons(self) -> bool:
         """Whether the answer may hold reasoning."""
         return self.form.reasoning is not None
+
+    @cached_property
+    def dropped(self) -> Sequence[str]:
+        """Special tokens that the client does not get as text, longest first: all but those that mark its parts."""
+        kept = {"", *CALL_MARKERS, *(self.form.reasoning or ())}
+        stops = (self.tokenizer.token_of(index) for index in self.params.stop_token_ids or ())
+        return sorted({*self.tokenizer.special_tokens, *(name for name in stops if name)} - kept, key=len, reverse=True)
 
     @property
     def is_plain(self) -> bool:
@@ -163,7 +171,7 @@ class AnswerReader:
         self._parser = None
         if not plan.is_plain:
             self._parser = AnswerParser(plan.form, tools=plan.tools, opened=plan.opened)
-        self._special = None if plan.is_plain or plan.shows_special else _SpecialTokens(plan)
+        self._special = None if plan.is_plain or plan.shows_special else _SpecialTokens(plan.dropped)
         self._shows_reasoning = plan.shows_reasoning
         self.called_tools = False
         self.ended = False
@@ -185,14 +193,12 @@ class AnswerReader:
 
 
 class _SpecialTokens:
-    """Drops special tokens from a text that comes in pieces, but for those that mark its parts."""
+    """Drops special tokens from a text that comes in pieces."""
 
-    def __init__(self, plan: ReadingPlan) -> None:
-        kept = {*CALL_MARKERS, *(plan.form.reasoning or ())}
-        stops = (plan.tokenizer.token_of(index) for index in plan.params.stop_token_ids or ())
-        names = {*plan.tokenizer.special_tokens, *(name for name in stops if name)} - kept
-        self._names = sorted(names, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self._names))) if names else None
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._first = frozenset(name[0] for name in names)
+        self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
         self._held = ""
 
     def drop(self, piece: str, *, last: bool) -> str:
@@ -202,7 +208,8 @@ class _SpecialTokens:
         text = self._pattern.sub("", self._held + piece)
         begun = 0
         if not last:
-            lengths = range(min(len(text), len(self._names[0])), 0, -1)
+            # there may be a thousand names, and this is asked of every token
+            lengths = (n for n in range(min(len(text), len(self._names[0])), 0, -1) if text[-n] in self._first)
             begun = next((n for n in lengths if any(name.startswith(text[-n:]) for name in self._names)), 0)
         self._held = text[len(text) - begun :]
         return text[: len(text) - begun]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from gristmill.engine.async_engine import EngineClosed
 from gristmill.errors import DataError, RequestError
 from gristmill.serve.access.gate import require_model
 from gristmill.serve.answering.chat import admit_chat, event_stream, field_names, whole_answer
@@ -18,7 +19,8 @@ from gristmill.serve.api.common import (
     stream_while_connected,
     visit_of,
 )
-from gristmill.serve.errors import refusal
+from gristmill.serve.connection import CLIENT_LEFT, while_connected
+from gristmill.serve.errors import ApiError, closing, refusal
 from gristmill.serve.wire.answers import ChatCompletion, ChatCompletionChunk
 from gristmill.serve.wire.chat import ChatCompletionRequest
 
@@ -65,9 +67,14 @@ async def routed(request: Request, body: ChatCompletionRequest) -> tuple[ChatCom
     small = host.find(found.small.model).hosted
     assert small.engine is not None
     try:
-        choice = await found.choose(body.conversation(), small.engine, small.generator.renderer)
+        work = found.choose(body.conversation(), small.engine, small.generator.renderer)
+        choice = await while_connected(request.receive, work)
     except (RequestError, DataError) as error:
         raise refusal(error, field_names(body)) from error
+    except EngineClosed as error:
+        raise closing() from error
+    if choice is None:
+        raise ApiError(CLIENT_LEFT, "the client left")
     changes: dict[str, object] = {"model": choice.route.model}
     if choice.route.thinking_budget is not None and body.thinking_budget is None and body.reasoning_effort is None:
         changes["thinking_budget"] = choice.route.thinking_budget

@@ -85,9 +85,11 @@ async def upload(
     if unknown := sorted((await request.form()).keys() - UPLOAD_FIELDS):
         message = f"{unknown[0][:200]} is not supported: a file has file and purpose, and stays until it is deleted"
         raise ApiError(400, message, param=unknown[0][:200], code="unsupported_parameter")
+    # a form may say in which encoding its names are, and some of those can spell what UTF-8 cannot
+    filename = (file.filename or "upload")[:255].encode("utf-8", "replace").decode()
     pieces = iter(partial(file.file.read, 2**20), b"")
     try:
-        stored = await asyncio.to_thread(storage.write, (file.filename or "upload")[:255], "batch", pieces)
+        stored = await asyncio.to_thread(storage.write, filename, "batch", pieces)
     except GristmillError as error:
         raise ApiError(507, "the server has no room for the file", code="storage_full") from error
     storage.add(stored, owner)

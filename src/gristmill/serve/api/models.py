@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from gristmill.serve.access.gate import require_model
 from gristmill.serve.api.common import ERRORS, admin_only, host_of, json_answer, json_only
 from gristmill.serve.errors import ApiError
 from gristmill.serve.host import Source
@@ -23,13 +24,15 @@ CHANGES = [Depends(json_only), Depends(admin_only)]
 
 @router.get("/v1/models", response_model=ModelList)
 async def list_models(request: Request) -> Response:
-    """All models of this server, and their adapters."""
-    return json_answer(ModelList(object="list", data=host_of(request).cards()))
+    """All models of this server that the caller may use, and their adapters."""
+    cards = [card for card in host_of(request).cards() if request.state.caller.allows(card.id)]
+    return json_answer(ModelList(object="list", data=cards))
 
 
 @router.get("/v1/models/{name:path}", response_model=ModelCard)
 async def get_model(name: str, request: Request) -> Response:
     """One model of this server."""
+    require_model(request, name)
     host = host_of(request)
     for card in host.cards():
         if card.id == name:

@@ -35,7 +35,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     model = target.hosted.model
     answer = TokenizeResponse(tokens=ids, count=len(ids), max_model_len=model.max_model_len)
     if body.return_token_strs:
-        answer.token_strs = [model.tokenizer.decode([index], skip_special_tokens=False) for index in ids]
+        answer.token_strs = await asyncio.to_thread(
+            lambda: [model.tokenizer.decode([index], skip_special_tokens=False) for index in ids]
+        )
     return json_answer(answer)
 
 
@@ -75,9 +77,9 @@ def _target(request: Request, name: str | None) -> Target:
     host = host_of(request)
     if name is None and len(host.slots) > 1:
         raise ApiError(400, "model is missing: there are several", param="model", code="missing_required_parameter")
-    target = host.find(next(iter(host.slots), "") if name is None else name)
-    require_model(request, target.hosted.name)
-    return target
+    name = next(iter(host.slots), "") if name is None else name
+    require_model(request, name)
+    return host.find(name)
 
 
 def _encode(target: Target, body: TokenizeRequest) -> list[int]:

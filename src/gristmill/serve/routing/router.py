@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -83,7 +84,7 @@ class RequestRouter:
             difficulty = surface_difficulty(_last_of_user(messages))
         else:
             params = SamplingParams(temperature=0, max_tokens=self.probe_tokens, logprobs=0)
-            prompt = renderer.render_prompt(messages)
+            prompt = await asyncio.to_thread(renderer.render_prompt, messages)
             answer = (await _last(await engine.submit(prompt, params.ending_at(renderer.stop_token_ids)))).outputs[0]
             difficulty, spent = mean_doubt(answer), len(answer.token_ids)
         return Choice(self.large if difficulty > self.threshold else self.small, difficulty, spent)

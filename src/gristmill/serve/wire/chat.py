@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag
 from gristmill.core import Message, StructuredOutput
 from gristmill.core import ToolCall as CoreToolCall
 from gristmill.errors import RequestError
-from gristmill.serve.wire.base import INT32, LABEL, Closed, Label, NonEmpty, Text, branch_of
+from gristmill.serve.wire.base import INT32, LABEL, Closed, FewFaults, JsonObject, Label, NonEmpty, Text, branch_of
 from gristmill.serve.wire.sampling import SamplingFields
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -97,7 +97,7 @@ class AssistantMessage(Closed):
     reasoning_content: Text | None = Field(None, description="What it thought before it answered.")
     tool_calls: list[ToolCall] | None = Field(None, min_length=1, max_length=128, description="Calls of tools.")
     parsed: JsonValue = Field(None, description="What OpenAI's client made of content.", json_schema_extra=LABEL)
-    provider_specific_fields: dict[str, JsonValue] | None = Field(
+    provider_specific_fields: JsonObject | None = Field(
         None, description="A client's own notes.", json_schema_extra=LABEL
     )
 
@@ -135,7 +135,7 @@ class FunctionDefinition(Closed):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: Text | None = None
-    parameters: dict[str, JsonValue] | None = Field(None, description="A JSON schema of its arguments.")
+    parameters: JsonObject | None = Field(None, description="A JSON schema of its arguments.")
     strict: bool | None = Field(None, description="Hold the arguments to the schema.")
 
 
@@ -170,7 +170,7 @@ class JsonSchema(Closed):
 
     name: NonEmpty
     description: Text | None = Field(None, description="For the reader; the model does not see it.")
-    json_schema: dict[str, JsonValue] | None = Field(None, alias="schema")
+    json_schema: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="Answers are held to the schema either way.")
 
 
@@ -254,7 +254,7 @@ class ChatCompletionRequest(SamplingFields):
     continue_final_message: bool | None = Field(
         None, description="The last message is the beginning of the answer, which goes on from there."
     )
-    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+    chat_template_kwargs: JsonObject | None = Field(
         None, description="Variables that the model's chat template reads, such as enable_thinking."
     )
     return_token_ids: bool | None = Field(None, description="Return the ids of the prompt and of the answers.")
@@ -268,8 +268,8 @@ class ChatCompletionRequest(SamplingFields):
         None, description="Your label: prompts that begin alike are cached anyway.", json_schema_extra=LABEL
     )
     safety_identifier: Label | None = Field(None, description="Your label.", json_schema_extra=LABEL)
-    metadata: dict[Label, Label] | None = Field(
-        None, max_length=16, description="Your labels.", json_schema_extra=LABEL
+    metadata: Annotated[dict[Label, Label], Field(max_length=16), FewFaults] | None = Field(
+        None, description="Your labels.", json_schema_extra=LABEL
     )
 
     def conversation(self) -> list[Message]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import BaseModel, Field
 
-from gristmill.serve.wire.base import Closed, NonEmpty, Text, TokenId
+from gristmill.serve.wire.base import Closed, JsonObject, NonEmpty, Text, TokenId
 from gristmill.serve.wire.chat import ChatMessage, Tool
 
 Kind = Literal["generate", "embed", "classify"]
@@ -75,9 +75,7 @@ class TokenizeRequest(Closed):
     add_generation_prompt: Literal[True] | None = Field(
         None, description="End where the assistant's answer begins; true is the only form. Default: true."
     )
-    chat_template_kwargs: dict[str, JsonValue] | None = Field(
-        None, description="Variables that the model's chat template reads."
-    )
+    chat_template_kwargs: JsonObject | None = Field(None, description="Variables that the model's chat template reads.")
     return_token_strs: bool | None = Field(None, description="Also return each token's text.")
 
 

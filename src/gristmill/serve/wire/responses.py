@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from gristmill.serve.wire.answers import TokenLogprob
-from gristmill.serve.wire.base import INT32, LABEL, Closed, Label, NonEmpty, Text, branch_of
+from gristmill.serve.wire.base import INT32, LABEL, Closed, FewFaults, JsonObject, Label, NonEmpty, Text, branch_of
 from gristmill.serve.wire.chat import JsonObjectFormat, ReasoningEffort, TextFormat
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Id = Annotated[Label | None, Field(json_schema_extra=LABEL)]
 """Of an item that comes back: it stands where it stands, so its id is not looked at."""
-Metadata = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16)]
+Metadata = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16), FewFaults]
 
 
 class InputText(Closed):
@@ -146,7 +146,7 @@ class FunctionTool(Closed):
     type: Literal["function"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: Text | None = None
-    parameters: dict[str, JsonValue] | None = Field(None, description="A JSON schema of its arguments.")
+    parameters: JsonObject | None = Field(None, description="A JSON schema of its arguments.")
     strict: bool | None = Field(None, description="Hold the arguments to the schema.")
 
 
@@ -168,7 +168,7 @@ class SchemaFormat(Closed):
 
     type: Literal["json_schema"]
     name: NonEmpty
-    json_schema: dict[str, JsonValue] = Field(alias="schema")
+    json_schema: JsonObject = Field(alias="schema")
     description: Text | None = Field(None, description="For the reader; the model does not see it.")
     strict: bool | None = Field(None, description="Answers are held to the schema either way.")
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag
+from pydantic import Discriminator, Field, Tag
 
 from gristmill.core import SamplingParams, StructuredOutput
 from gristmill.engine.request import Standing
 from gristmill.errors import RequestError
-from gristmill.serve.wire.base import INT32, INT64, LABEL, Closed, Label, NonEmpty, TokenId, branch_of
+from gristmill.serve.wire.base import (
+    INT32,
+    INT64,
+    LABEL,
+    Closed,
+    FewFaults,
+    JsonObject,
+    Label,
+    NonEmpty,
+    TokenId,
+    branch_of,
+)
 
 SAME_NAME = (
     *("n", "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_n_sigma"),
@@ -42,7 +53,7 @@ class StreamOptions(Closed):
 class StructuredOutputs(Closed):
     """The form of the whole answer: exactly one of the fields."""
 
-    json_schema: dict[str, JsonValue] | None = Field(None, alias="json", description="JSON that this schema allows.")
+    json_schema: JsonObject | None = Field(None, alias="json", description="JSON that this schema allows.")
     regex: NonEmpty | None = Field(None, description="Text that this regular expression matches from end to end.")
     choice: list[NonEmpty] | None = Field(None, min_length=1, max_length=1024, description="One of these texts.")
     grammar: NonEmpty | None = Field(None, description="A context-free grammar, in Lark's notation or llama.cpp's.")
@@ -88,7 +99,10 @@ class SamplingFields(Closed):
         None, ge=0, le=INT32, description="No run of so many tokens comes twice; 0 is no limit."
     )
     logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], FewFaults
+        ]
+        | None
     ) = Field(None, description="Token id to a number in [-100, 100], added to its logit.")
     bad_words: list[Word] | None = Field(
         None, max_length=1024, description="Texts or lists of token ids that the answer never completes."
