@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.core import RequestOutput, SamplingParams
-from gristmill.engine.async_engine import AsyncEngine, EngineClosed, EngineFailure
+from gristmill.engine.async_engine import CROWD, AsyncEngine, EngineClosed, EngineFailure
 from gristmill.errors import RequestError
 from serve.running import wait_for
 from serve.scripted_engine import ScriptedEngine
@@ -77,6 +77,26 @@ def test_a_slow_reader_gets_the_newest_output_and_stalls_nobody(scripted: Script
     assert len(seen) == 2  # all between the first and the finished one was replaced while it waited
     assert seen[-1].finished
     assert seen[-1].outputs[0].text == "You said slow."
+
+
+@pytest.mark.parametrize(("callers", "pause", "held"), [(CROWD, 1000.0, True), (CROWD, 0.0, False), (2, 1000.0, False)])
+def test_in_a_crowd_outputs_come_in_larger_pieces(
+    scripted: ScriptedEngine, callers: int, pause: float, held: bool
+) -> None:
+    async def texts(shared: AsyncEngine, number: int) -> list[str]:
+        return [output.outputs[0].text async for output in shared.generate(f"number {number}", ALL)]
+
+    async def main(shared: AsyncEngine) -> list[list[str]]:
+        return await asyncio.gather(*(texts(shared, number) for number in range(callers)))
+
+    scripted.step_seconds = 0.002
+    shared = AsyncEngine(scripted, pause=pause)
+    seen = asyncio.run(main(shared))
+    shared.close()
+    for number, found in enumerate(seen):
+        assert found[-1] == f"You said number {number}."
+        assert len(found[0]) <= 3  # the first token is not held back
+        assert (len(found) <= 3) == held
 
 
 def test_leaving_the_iterator_early_frees_the_request(scripted: ScriptedEngine) -> None:

@@ -17,10 +17,11 @@ import httpx
 import pytest
 from fastapi import Request
 
-from gristmill.errors import DataError, GristmillError
+from gristmill.errors import DataError, GristmillError, MissingExtra
 from gristmill.serve.access.gate import require_admin
 from gristmill.serve.access.keys import create_key, revoke_key
 from gristmill.serve.access.protection import Protection
+from gristmill.serve.app import create_app
 from gristmill.serve.batch.batches import call
 from gristmill.serve.errors import ApiError
 from gristmill.serve.server import Tls
@@ -90,6 +91,24 @@ def test_a_key_sees_its_models_only(tmp_path: Path) -> None:
     with served(guarded(Protection(keys=path), models), secret) as http:
         assert http.post("/say/second").status_code == 200
         assert error_of(http.post("/say/scripted")) == (404, "model_not_found")
+    with served(create_app(models, protection=Protection(keys=path)), secret) as http:
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["second"]
+        assert http.get("/v1/models/second").status_code == 200
+        assert error_of(http.get("/v1/models/scripted")) == (404, "model_not_found")
+
+
+def test_a_package_that_the_server_lacks_is_named(tmp_path: Path) -> None:
+    app = guarded(Protection())
+
+    @app.get("/lacking")
+    async def lacking() -> None:
+        raise MissingExtra("millstone", "constrain")
+
+    with served(app) as http:
+        answer = http.get("/lacking")
+    assert error_of(answer) == (501, "package_missing")
+    assert "millstone" in answer.text
+    assert answer.headers["x-should-retry"] == "false"
 
 
 def test_tokens_are_reserved_and_settled_with_what_was_used(tmp_path: Path) -> None:

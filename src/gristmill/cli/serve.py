@@ -34,7 +34,8 @@ class Config(Loading):
     """A name that sends easy requests to one model and hard ones to another:
     name=auto,small=A,large=B,threshold=0.3[,by=text]; MODEL@BUDGET limits the thinking."""
     workers: int = 0
-    """Compute each model that generates in so many processes, which are started again when they die; 0 computes in this one."""
+    """Compute each model that generates in so many processes, which are started again when they die; 0 computes in
+    this one."""
     ray: bool = False
     """Let Ray Serve run the workers, on the cluster that RAY_ADDRESS names or on this machine."""
     watch_seconds: float | None = None

@@ -118,13 +118,23 @@ class RequestStream:
         await self.aclose()
 
 
-class AsyncEngine:
-    """An engine that coroutines of any event loop can use at once. From now on nobody else may call `engine`."""
+CROWD = 8
+"""Requests in a step from which on outputs are held back."""
 
-    def __init__(self, engine: StepEngine) -> None:
+
+class AsyncEngine:
+    """An engine that coroutines of any event loop can use at once. From now on nobody else may call `engine`.
+
+    pause: with CROWD requests or more in a step, a request's outputs come no more often than so many seconds, but for
+    its first and its last: 32 streams take 1.6 ms of a core to pass on, a tenth of what a fast engine needs for a step.
+    """
+
+    def __init__(self, engine: StepEngine, *, pause: float = 0.03) -> None:
         self._engine = engine
+        self._pause, self._passed_on = pause, 0.0
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._streams: dict[str, RequestStream] = {}  # this and _stop_at belong to the worker thread
+        self._streams: dict[str, RequestStream] = {}  # this and the next two belong to the worker thread
+        self._begun: set[str] = set()  # those of them that had an output
         self._stop_at: float | None = None
         self._closing = False
         self._admission = threading.Lock()  # no request is queued behind the command that stops the thread
@@ -252,6 +262,7 @@ class AsyncEngine:
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
+        self._begun.discard(request_id)
         try:
             self._engine.abort(request_id)
         except Exception:
@@ -271,13 +282,21 @@ class AsyncEngine:
             self._fail_all(partial(_failure, "the engine forgot the request", None))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        now = time.monotonic()
+        if len(outputs) >= CROWD and now - self._passed_on < self._pause:
+            # the next outputs hold all that these do
+            outputs = [o for o in outputs if o.finished or o.request_id not in self._begun]
+        else:
+            self._passed_on = now
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = defaultdict(list)
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 by_loop[stream.loop].append((stream, output))
+                self._begun.add(output.request_id)
             if output.finished:
                 self._streams.pop(output.request_id, None)
+                self._begun.discard(output.request_id)
         for loop, pairs in by_loop.items():
             if not _call(loop, _put_all, pairs):
                 for stream, _ in pairs:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from gristmill.core import CompletionOutput, RequestOutput
 from gristmill.errors import DataError, RequestError
@@ -126,17 +127,9 @@ async def whole_answer(chat: ChatJob) -> ChatCompletion:
             if update.finish_reason is not None:
                 reasons[update.output.index] = update.finish_reason
     assert final is not None
-    choices = []
-    for answer, parts in zip(final.outputs, messages, strict=True):
-        choice = Choice(
-            index=answer.index,
-            message=parts.message(),
-            logprobs=_logprobs(chat, answer, 0),
-            finish_reason=reasons[answer.index],
-        )
-        if request.return_token_ids:
-            choice.token_ids = answer.token_ids
-        choices.append(choice)
+    # twenty log-probabilities for each of many tokens take a while to write; the other streams go on meanwhile
+    build = partial(_whole_choices, chat, final.outputs, messages, reasons)
+    choices = await asyncio.to_thread(build) if request.logprobs else build()
     completion = ChatCompletion(
         id=job.id,
         object="chat.completion",
@@ -147,6 +140,26 @@ async def whole_answer(chat: ChatJob) -> ChatCompletion:
     )
     _add_prompt(chat, final, completion)
     return completion
+
+
+def _whole_choices(
+    chat: ChatJob,
+    answers: Sequence[CompletionOutput],
+    messages: Sequence[MessageParts],
+    reasons: Mapping[int, FinishReason],
+) -> list[Choice]:
+    choices = []
+    for answer, parts in zip(answers, messages, strict=True):
+        choice = Choice(
+            index=answer.index,
+            message=parts.message(),
+            logprobs=_logprobs(chat, answer, 0),
+            finish_reason=reasons[answer.index],
+        )
+        if chat.request.return_token_ids:
+            choice.token_ids = answer.token_ids
+        choices.append(choice)
+    return choices
 
 
 @dataclass
