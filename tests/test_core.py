@@ -1,12 +1,13 @@
 """Sampling parameters are applied or refused by name; `import gristmill` shows the public names."""
 
+import pickle
 from typing import Any
 
 import pytest
 
 import gristmill
 from gristmill import SamplingParams
-from gristmill.errors import RequestError
+from gristmill.errors import MissingExtra, RequestError
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,9 @@ def test_every_public_name_is_there() -> None:
     assert all(hasattr(gristmill, name) for name in gristmill.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         gristmill.nonsense  # noqa: B018
+
+
+def test_errors_come_whole_out_of_another_process() -> None:
+    for error in (MissingExtra("millstone", "serve"), RequestError("too long", field="prompt", code="long")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))

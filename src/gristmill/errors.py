@@ -38,6 +38,10 @@ class MissingExtra(GristmillError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f'{package} is not installed. Run: pip install "gristmill[{extra}]"')
+        self.package, self.extra = package, extra
+
+    def __reduce__(self) -> tuple[type["MissingExtra"], tuple[str, str]]:
+        return MissingExtra, (self.package, self.extra)  # workers send their errors, and pickle would give the message
 
 
 def closest(name: str, known: Iterable[str]) -> str:
