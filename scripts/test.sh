@@ -3,7 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 make_venv .venv --constraint constraints.txt --editable '.[dev]'
 # the clients that the server is tested with would change the versions of what we need ourselves
-make_venv .venv-clients $(grep -v '^#' tests/serve/clients/requirements.txt)
+make_venv .venv-clients --no-deps $(grep -v '^#' tests/serve/clients/requirements.txt)
 bin=.venv/bin
 $bin/ruff format --check --quiet . || { echo "Formatting differs: run $bin/ruff format ." >&2; exit 1; }
 $bin/ruff check --quiet .

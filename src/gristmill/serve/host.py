@@ -106,8 +106,8 @@ class ModelHost:
                 engines[id(generator.engine)] = engine
             self._slots[name] = Slot(name, None, Hosted(model, name, engine=engine), "ready")
 
-    def find(self, name: str) -> Target:
-        """The model of that name, or an adapter of it for NAME:ADAPTER.
+    def find(self, name: str, allows: Callable[[str], bool] = lambda name: True) -> Target:
+        """The model of that name, or an adapter of it for NAME:ADAPTER. allows: which names whoever asks may see.
 
         Raises ApiError: 404 when there is none, 503 while it loads or when it failed to.
         """
@@ -116,7 +116,7 @@ class ModelHost:
             base, _, adapter = name.rpartition(":")
         slot = self._slots.get(base)
         if slot is None or (adapter is not None and slot.hosted is not None and adapter not in slot.hosted.adapters):
-            names = [card.id for card in self.cards()]
+            names = [card.id for card in self.cards() if allows(card.id)]
             message = (
                 f"model {name[:200]!r} is not served here.{closest(name[:200], names)} Served: {', '.join(names)}."
             )

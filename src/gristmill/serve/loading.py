@@ -24,7 +24,9 @@ def parse_sources(models: Sequence[str], adapters: Sequence[str] = ()) -> list[S
     for word in models:
         name, found, model = word.partition("=")
         if not found or "/" in name:
-            name = model = word
+            name, found, model = word, "", word
+        if not name.strip() or not model or (found and ":" in name):
+            raise GristmillError(f"{word!r} has no name that can be asked for: write NAME=MODEL, without a colon")
         if name in named:
             raise GristmillError(f"two models are called {name!r}: give one another name, as in NAME={model}")
         named[name] = model

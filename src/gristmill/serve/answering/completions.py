@@ -32,10 +32,11 @@ class CompletionJob:
         """Answers of each prompt."""
         return self.request.n or 1
 
-    def prompt_text(self, output: RequestOutput) -> str:
+    def prompt_text(self, number: int, output: RequestOutput) -> str:
         """A prompt as text, as the request had it or as its ids decode."""
-        if output.prompt is not None:
-            return output.prompt
+        asked = self.request.prompts()[number]
+        if isinstance(asked, str):
+            return asked
         return self.job.model.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
 
 
@@ -44,20 +45,16 @@ async def admit_completion(target: Target, request: CompletionRequest, visit: Vi
 
     Raises ApiError: 400 with the field for what cannot be served as asked, 503 when the server is closing.
     """
-    tokenizer, prompts = target.hosted.generator.tokenizer, request.prompts()
     try:
         params = _thinking(target, sampling_params(request.sampling_values()))
-        if request.add_special_tokens is False:
-            prompts = await asyncio.to_thread(
-                lambda: [tokenizer.encode(p, add_bos=False) if isinstance(p, str) else p for p in request.prompts()]
-            )
+        # Long texts take a while to encode; the other streams go on meanwhile.
+        prompts = await asyncio.to_thread(_encoded, target, request)
     except (RequestError, DataError) as error:
         raise refusal(error, FIELDS) from error
-    as_asked: list[Prompt] = list(prompts)
     job = await admit(
         target,
         request.model,
-        as_asked,
+        prompts,
         params,
         prefix="cmpl-",
         standing=request.standing,
@@ -65,6 +62,14 @@ async def admit_completion(target: Target, request: CompletionRequest, visit: Vi
         visit=visit,
     )
     return CompletionJob(request, job)
+
+
+def _encoded(target: Target, request: CompletionRequest) -> list[Prompt]:
+    """The prompts as ids. An encoder-decoder's texts stay, for its encoder frames them in its own way."""
+    model, add = target.hosted.generator, request.add_special_tokens is not False
+    if add and getattr(model.engine, "pair", None) is not None:
+        return list(request.prompts())
+    return [model.tokenizer.encode(p, add_bos=add) if isinstance(p, str) else p for p in request.prompts()]
 
 
 def _thinking(target: Target, params: SamplingParams) -> SamplingParams:
@@ -145,7 +150,7 @@ class _Writer:
         wants_tokens = bool(new) and (self._logprobs is not None or bool(request.return_token_ids))
         if not (text or reason or wants_tokens or (begins and request.echo)):
             return None
-        shown = self._work.prompt_text(output) if begins and request.echo else ""
+        shown = self._work.prompt_text(self._index // self._work.n, output) if begins and request.echo else ""
         choice = CompletionChoice(index=self._index, text=shown + text, logprobs=None, finish_reason=reason)
         if self._logprobs is not None:
             choice.logprobs = self._take_logprobs(output, answer, new, begins)

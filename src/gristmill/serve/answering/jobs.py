@@ -12,12 +12,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
 from gristmill.core import CompletionOutput, Prompt, RequestOutput, SamplingParams
-from gristmill.engine.async_engine import EngineClosed, RequestStream
+from gristmill.engine.async_engine import EngineClosed, EngineFailure, RequestStream
 from gristmill.engine.request import Standing
 from gristmill.errors import DataError, RequestError
 from gristmill.serve.access.gate import Caller
 from gristmill.serve.access.note import Note
-from gristmill.serve.errors import closing, internal_error, refusal
+from gristmill.serve.errors import ApiError, closing, internal_error, refusal
 from gristmill.serve.host import Target
 from gristmill.serve.hosted import ServedModel
 from gristmill.serve.wire.answers import (
@@ -79,7 +79,11 @@ class Job:
                     self.visit.note.progress(pair[1])
                     yield pair
         except EngineClosed as error:
+            self.visit.note.finish_reason = "abort"
             raise closing() from error
+        except (ApiError, EngineFailure):
+            self.visit.note.finish_reason = "abort"
+            raise
 
     def finish_reason(self, output: CompletionOutput, *, called_tools: bool = False) -> FinishReason:
         """Why an answer ended. Raises ApiError when it did so because of an error."""

@@ -62,7 +62,7 @@ def visit_of(request: Request, name: str) -> tuple[Target, Visit]:
     Raises ApiError: see `ModelHost.find` and `gate.admit`.
     """
     require_model(request, name)
-    target = host_of(request).find(name)
+    target = host_of(request).find(name, request.state.caller.allows)
     admit(request, target.hosted)
     return target, Visit(request.state.note, request.state.caller, request.app.state.forbidden)
 

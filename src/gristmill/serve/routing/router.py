@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
+from urllib.parse import quote
 
 from gristmill.core import Message, Prompt, Renderer, RequestOutput, SamplingParams
 from gristmill.engine.async_engine import RequestStream
@@ -40,7 +41,7 @@ class Choice:
     def headers(self) -> dict[str, str]:
         """What the answer's headers say of it."""
         return {
-            "x-gristmill-model": self.route.model,
+            "x-gristmill-model": quote(self.route.model, safe="/:"),
             "x-gristmill-difficulty": f"{self.difficulty:.4f}",
             "x-gristmill-probe-tokens": str(self.probe_tokens),
         }

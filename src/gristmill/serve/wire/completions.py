@@ -12,6 +12,8 @@ from gristmill.serve.wire.base import INT32, NonEmpty, Text, TokenId
 from gristmill.serve.wire.sampling import SamplingFields
 
 MOST_PROMPTS = 2048
+MOST_ANSWERS = 4096
+"""Of all prompts together."""
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -77,6 +79,9 @@ class CompletionRequest(SamplingFields):
             raise RequestError("max_tokens 0 leaves nothing to answer without echo", field="max_tokens")
         if self.max_tokens == 0 and self.min_tokens:
             raise RequestError("min_tokens must be at most max_tokens (0)", field="min_tokens")
+        answers = len(self.prompts()) * (best_of or n)
+        if answers > MOST_ANSWERS:
+            raise RequestError(f"{answers} answers are too many for one request: {MOST_ANSWERS} at most", field="n")
         values = super().sampling_values()
         values["n"] = best_of or n
         # the engine always chooses one token; without an answer it is left out again

@@ -36,7 +36,9 @@ class LoadRequest(Closed):
     """Load a model from this machine."""
 
     model: NonEmpty = Field(description="An asset name, a directory, a GGUF file or a run directory.")
-    name: NonEmpty | None = Field(None, description="Its name in requests. Default: what `model` says.")
+    name: Annotated[str, Field(pattern=r"^[^:\s][^:]{0,127}$")] | None = Field(
+        None, description="Its name in requests, without a colon. Default: what `model` says."
+    )
 
 
 class NameRequest(Closed):
