@@ -92,21 +92,28 @@ def test_an_impossible_address_is_an_error_of_ours(host: str, port: int) -> None
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "myhost"])
 def test_other_addresses_than_loopback_are_warned_of(host: str) -> None:
-    assert "no authentication" in serve._welcome(serve.Config(models=["m"], host=host), 80, ["m"])
+    assert "no authentication" in serve._welcome(serve.Config(models=["m"], host=host), 80, ["m"], chats="m")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_is_not(host: str) -> None:
-    assert "no authentication" not in serve._welcome(serve.Config(models=["m"], host=host), 80, ["m"])
+    assert "no authentication" not in serve._welcome(serve.Config(models=["m"], host=host), 80, ["m"], chats="m")
     assert parse(serve.Config, "gristmill serve", ["m"]).host == "127.0.0.1"
 
 
 def test_keys_end_the_warning_and_logged_prompts_bring_one() -> None:
     config = serve.Config(models=["m"], host="0.0.0.0", keys=Path("keys.json"), log_bodies=True)
-    told = serve._welcome(config, 80, ["m"])
+    told = serve._welcome(config, 80, ["m"], chats="m")
     assert "no authentication" not in told
     assert "written into the log" in told
     assert "authorization: Bearer" in told
+
+
+def test_the_example_fits_the_models() -> None:
+    config = serve.Config(models=["e"])
+    assert "/v1/score" in serve._welcome(config, 80, ["e"], chats=None)
+    assert "completions" not in serve._welcome(config, 80, ["e"], chats=None)
+    assert "create(model='m'" in serve._welcome(config, 80, ["e", "m"], chats="m")
 
 
 def test_several_models_and_adapters_are_words() -> None:

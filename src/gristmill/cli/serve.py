@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gristmill.cli.loading import Loading
 from gristmill.errors import GristmillError, MissingExtra
@@ -156,7 +156,7 @@ def _serve(config: Config, listener: socket.socket) -> int:
         app,
         drain_seconds=config.drain_seconds,
         tls=tls,
-        on_ready=lambda: print(_welcome(config, port, names), flush=True),
+        on_ready=lambda: print(_welcome(config, port, names, chats=_generating(app)), flush=True),
     )
     print(f"loading {', '.join(source.model for source in sources)} ...", flush=True)
     try:
@@ -198,21 +198,32 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _welcome(config: Config, port: int, names: list[str]) -> str:
+def _generating(app: Any) -> str | None:
+    """The first model that generates."""
+    slots = app.state.host.slots.items()
+    return next((name for name, slot in slots if slot.hosted is not None and slot.hosted.kind == "generate"), None)
+
+
+def _welcome(config: Config, port: int, names: list[str], *, chats: str | None) -> str:
+    """What is told once the models are there. chats: one of them that generates, for the examples."""
     scheme = "http" if config.tls_cert is None else "https"
     url = f"{scheme}://{_reachable(config.host)}:{port}"
-    body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
+    path, asked = "chat/completions", {"model": chats, "messages": [{"role": "user", "content": "Hello"}]}
+    program = f"client.chat.completions.create(model={chats!r}, messages=[dict(role='user', content='Hello')])"
+    if chats is None:  # encoders and classifiers score pairs, each in its way
+        path, asked = "score", {"model": names[0], "text_1": "a mill grinds grain", "text_2": "flour is ground"}
+        program = "client.models.list()"
     key = "none" if config.keys is None else "YOUR KEY"
     lines = [
         f"serving {', '.join(names)} at {url}   (page: {url}/   stop with Ctrl-C)",
         "",
-        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\",
+        f"  curl {url}/v1/{path} -H 'content-type: application/json' \\",
         *([] if config.keys is None else ["    -H 'authorization: Bearer YOUR KEY' \\"]),
-        f"    -d '{body}'",
+        f"    -d '{json.dumps(asked)}'",
         "",
         "  from openai import OpenAI",
         f'  client = OpenAI(base_url="{url}/v1", api_key="{key}")',
-        f"  client.chat.completions.create(model={names[0]!r}, messages=[dict(role='user', content='Hello')])",
+        f"  {program}",
         "",
     ]
     if not _is_loopback(config.host) and config.keys is None:
