@@ -106,5 +106,8 @@ def test_the_small_models_doubt_decides(llm: LLM) -> None:
         by_text = chosen(0.4, by="text")
         assert (by_text.route, by_text.probe_tokens) == (large, 0)
         assert by_text.difficulty == surface_difficulty("Why?")
+        messages = [{"role": "user", "content": "x" * 300}]  # more than the small model's context
+        too_long = chosen(1.0)
+        assert (too_long.route, too_long.probe_tokens) == (large, 0)
     finally:
         engine.close()

@@ -67,7 +67,7 @@ async def routed(request: Request, body: ChatCompletionRequest) -> tuple[ChatCom
     small = host.find(found.small.model).hosted
     assert small.engine is not None
     try:
-        work = found.choose(body.conversation(), small.engine, small.generator.renderer)
+        work = found.choose(body.conversation(), small.engine, small.generator.renderer, body.standing)
         choice = await while_connected(request.receive, work)
     except (RequestError, DataError) as error:
         raise refusal(error, field_names(body)) from error
@@ -75,6 +75,7 @@ async def routed(request: Request, body: ChatCompletionRequest) -> tuple[ChatCom
         raise closing() from error
     if choice is None:
         raise ApiError(CLIENT_LEFT, "the client left")
+    request.state.note.completion_tokens += choice.probe_tokens  # which the caller's quota pays for
     changes: dict[str, object] = {"model": choice.route.model}
     if choice.route.thinking_budget is not None and body.thinking_budget is None and body.reasoning_effort is None:
         changes["thinking_budget"] = choice.route.thinking_budget

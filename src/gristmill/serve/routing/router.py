@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 from gristmill.core import Message, Prompt, Renderer, RequestOutput, SamplingParams
 from gristmill.engine.async_engine import RequestStream
-from gristmill.errors import GristmillError, closest
+from gristmill.engine.request import Standing
+from gristmill.errors import GristmillError, RequestError, closest
 from gristmill.serve.routing.difficulty import mean_doubt, surface_difficulty
 
 By = Literal["confidence", "text"]
@@ -50,7 +51,9 @@ class Choice:
 class Submits(Protocol):
     """What is needed of an `AsyncEngine`."""
 
-    async def submit(self, prompt: Prompt, params: SamplingParams, /) -> RequestStream:
+    async def submit(
+        self, prompt: Prompt, params: SamplingParams, /, *, standing: Standing | None = None
+    ) -> RequestStream:
         """Admit a request."""
 
 
@@ -78,15 +81,28 @@ class RequestRouter:
         if self.small == self.large or self.name in (self.small.model, self.large.model):
             raise GristmillError("--router: name, small and large must differ")
 
-    async def choose(self, messages: Sequence[Message], engine: Submits, renderer: Renderer) -> Choice:
-        """Decide where a conversation goes. engine, renderer: the small model's. Raises what they raise."""
+    async def choose(
+        self, messages: Sequence[Message], engine: Submits, renderer: Renderer, standing: Standing | None = None
+    ) -> Choice:
+        """Decide where a conversation goes; what is too long for the small model goes to the large one.
+
+        engine, renderer: the small model's. standing: of the request, for its priority and its own cache. Raises what
+        they raise.
+        """
         difficulty, spent = 0.0, 0
         if self.by == "text":
             difficulty = surface_difficulty(_last_of_user(messages))
         else:
             params = SamplingParams(temperature=0, max_tokens=self.probe_tokens, logprobs=0)
             prompt = await asyncio.to_thread(renderer.render_prompt, messages)
-            answer = (await _last(await engine.submit(prompt, params.ending_at(renderer.stop_token_ids)))).outputs[0]
+            params = params.ending_at(renderer.stop_token_ids)
+            try:
+                stream = await engine.submit(prompt, params, standing=standing)
+            except RequestError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+                return Choice(self.large, 1.0, 0)
+            answer = (await _last(stream)).outputs[0]
             difficulty, spent = mean_doubt(answer), len(answer.token_ids)
         return Choice(self.large if difficulty > self.threshold else self.small, difficulty, spent)
 
