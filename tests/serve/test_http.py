@@ -335,3 +335,11 @@ def test_two_models_of_one_name_are_refused() -> None:
     llm = ScriptedLLM(ScriptedEngine())
     with pytest.raises(GristmillError, match="name of its own"):
         create_app([llm, llm])
+
+
+@pytest.mark.parametrize("schema", [{"type": "\ud800"}, {"\udfff": {}}, {"enum": [["\ud800"]]}], ids=repr)
+def test_half_a_surrogate_pair_deep_in_a_schema_is_told(served: Served, schema: dict[str, object]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    body = json.dumps(served.body(tools=[tool]))
+    error = error_of(served.http.post(PATH, content=body, headers=JSON))
+    assert error["param"] == "tools[0].function.parameters"

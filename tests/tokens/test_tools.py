@@ -214,6 +214,7 @@ def test_tools_need_names_of_their_own(tools: list[Any]) -> None:
         PLAIN.render_prompt([QUESTION], tools=tools)
 
 
+@pytest.mark.peer
 def test_prints_what_transformers_prints() -> None:
     """Its templates get the same names, and its tojson keeps letters as they are."""
     from transformers.utils.chat_template_utils import render_jinja_template

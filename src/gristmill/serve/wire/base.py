@@ -6,6 +6,7 @@ not served stands in the model's REFUSED with the reason, and may be null, which
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -90,8 +91,6 @@ def _few_faults(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 FewFaults = WrapValidator(_few_faults)
 """For an object of any names, what `Closed` does for lists: to tell of each fault could take the server seconds."""
 
-JsonObject = Annotated[dict[str, JsonValue], FewFaults]
-
 
 def _is_unicode(value: str) -> str:
     """JSON can spell half of a surrogate pair ("\\ud800"), which no tokenizer can read."""
@@ -100,6 +99,15 @@ def _is_unicode(value: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is not text") from None
     return value
+
+
+def _holds_unicode(value: Any) -> Any:
+    """The same for all names and texts of a JSON value, which go into prompts and answers."""
+    _is_unicode(json.dumps(value, ensure_ascii=False))
+    return value
+
+
+JsonObject = Annotated[dict[str, JsonValue], FewFaults, AfterValidator(_holds_unicode)]
 
 
 def branch_of(value: Any) -> str:
