@@ -154,8 +154,13 @@ def test_the_start_token_can_be_left_out(url: str, client: openai.OpenAI, llm: L
     tokenizer = llm.tokenizer
     before = tokenizer.bos_token_id
     assert before is None  # the tiny one has none, so give it one
-    llm.tokenizer = dataclasses.replace(tokenizer, bos_token_id=7, add_bos_token=True)
+    llm.tokenizer = dataclasses.replace(tokenizer, bos_token_id=7)
     try:
+        answer = httpx.post(f"{url}/tokenize", json={"model": "tiny", "prompt": "one"}).json()
+        assert answer["tokens"] == tokenizer.encode("one")  # a start token that the model does not begin with
+        (choice,) = ask(client, prompt="one", return_token_ids=True).choices
+        assert choice.prompt_token_ids == tokenizer.encode("one")
+        llm.tokenizer = dataclasses.replace(tokenizer, bos_token_id=7, add_bos_token=True)
         for add in (True, False):
             own: Any = {"add_special_tokens": add}
             answer = httpx.post(f"{url}/tokenize", json={"model": "tiny", "prompt": "one", **own}).json()

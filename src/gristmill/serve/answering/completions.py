@@ -66,8 +66,8 @@ async def admit_completion(target: Target, request: CompletionRequest, visit: Vi
 
 def _encoded(target: Target, request: CompletionRequest) -> list[Prompt]:
     """The prompts as ids. An encoder-decoder's texts stay, for its encoder frames them in its own way."""
-    model, add = target.hosted.generator, request.add_special_tokens is not False
-    if add and getattr(model.engine, "pair", None) is not None:
+    model, add = target.hosted.generator, False if request.add_special_tokens is False else None
+    if add is None and getattr(model.engine, "pair", None) is not None:
         return list(request.prompts())
     return [model.tokenizer.encode(p, add_bos=add) if isinstance(p, str) else p for p in request.prompts()]
 

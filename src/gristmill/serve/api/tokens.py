@@ -89,7 +89,8 @@ def _encode(target: Target, body: TokenizeRequest) -> list[int]:
         for name in ("tools", "add_generation_prompt", "chat_template_kwargs"):
             if getattr(body, name) is not None:
                 raise RequestError(f"{name} needs messages", field=name)
-        return target.hosted.model.tokenizer.encode(body.prompt, add_bos=body.add_special_tokens is not False)
+        add_bos = False if body.add_special_tokens is False else None
+        return target.hosted.model.tokenizer.encode(body.prompt, add_bos=add_bos)
     if body.add_special_tokens is not None:
         raise RequestError("add_special_tokens is for prompt: a chat template has its own", field="add_special_tokens")
     messages = [message.plain() for message in body.messages or ()]

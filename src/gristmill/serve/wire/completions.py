@@ -56,7 +56,7 @@ class CompletionRequest(SamplingFields):
         None, ge=0, le=20, description="Return log-probabilities, with so many most probable tokens at each place."
     )
     add_special_tokens: bool | None = Field(
-        None, description="Put the model's start token before a text. Default: true."
+        None, description="false leaves out the start token, where the model has one before a text."
     )
     return_token_ids: bool | None = Field(None, description="Return the ids of the prompt and of the answers.")
 

@@ -72,7 +72,7 @@ class TokenizeRequest(Closed):
     messages: list[ChatMessage] | None = Field(None, min_length=1, description="A conversation.")
     tools: list[Tool] | None = Field(None, max_length=128, description="Functions that the model may call.")
     add_special_tokens: bool | None = Field(
-        None, description="Put the model's start token before a text. Default: true."
+        None, description="false leaves out the start token, where the model has one before a text."
     )
     add_generation_prompt: Literal[True] | None = Field(
         None, description="End where the assistant's answer begins; true is the only form. Default: true."
