@@ -78,6 +78,17 @@ def test_thinking_fields_reach_the_engine(thinker: Served) -> None:
     assert params.think_end == "</think>"
 
 
+def test_stop_strings_and_formats_count_after_the_reasoning(thinker: Served) -> None:
+    schema = {"type": "json_object"}
+    assert thinker.chat(stop="Hm", response_format=schema).status_code == 200
+    assert thinker.chat(stop="Hm", response_format=schema, thinking_budget=5).status_code == 200
+    free, opened = thinker.engine.added.values()
+    for params, opening in [(free, "<think>"), (opened, "")]:
+        assert params.stop_outside == (opening, "</think>")
+        assert params.structured is not None
+        assert params.structured.outside == (opening, "</think>")
+
+
 def test_a_model_that_does_not_reason_says_so(served: Served) -> None:
     for field, value in [("reasoning_effort", "low"), ("thinking_budget", 5), ("think_waits", 1)]:
         error = served.chat(**{field: value}).json()["error"]

@@ -136,7 +136,8 @@ async def admit(
 
 
 def _most_tokens(model: ServedModel, prompts: Sequence[Prompt], params: SamplingParams) -> int:
-    """Tokens that prompts and answers may come to; a text's are guessed, as the engine has not encoded it yet."""
+    """Tokens that prompts and answers may come to. Only an encoder-decoder's prompts are texts still: theirs are
+    guessed."""
     total = 0
     for prompt in prompts:
         length = len(prompt) // 4 if isinstance(prompt, str) else len(prompt)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from gristmill.serve.access.gate import admit, require_admin, require_model
 from gristmill.serve.answering.jobs import Visit
-from gristmill.serve.connection import EventStream, while_connected
+from gristmill.serve.connection import CLIENT_LEFT, EventStream, while_connected
 from gristmill.serve.errors import ApiError
 from gristmill.serve.host import ModelHost, Target
 from gristmill.serve.wire.models import ErrorBody
@@ -22,7 +22,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request cannot be served as asked."},
     "5XX": {"model": ErrorBody, "description": "The server failed, is loading or is closing."},
 }
-CLIENT_LEFT = 499
 
 
 async def json_only(request: Request) -> None:
