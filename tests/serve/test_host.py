@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from gristmill import LLM
+from gristmill.core import Prompt
 from gristmill.errors import GristmillError
 from gristmill.model.lora.peft import save_lora
 from gristmill.serve.access.protection import Protection
@@ -31,6 +32,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
+        self.models: dict[str, ScriptedLLM] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.version = 1
@@ -44,7 +46,8 @@ class Shelf:
             raise GristmillError("broken: no such model")
         engine = ScriptedEngine(lambda prompt, say=f"{source.model} {self.version}": say)
         self.engines[source.name] = engine
-        return ScriptedLLM(engine, source.name)
+        model = self.models[source.name] = ScriptedLLM(engine, source.name)
+        return model
 
 
 @pytest.fixture
@@ -131,6 +134,33 @@ def test_a_reloaded_model_answers_and_the_old_one_finishes(http: httpx.Client, s
     old.gate.set()
     reader.join(10)
     assert answers[0].json()["choices"][0]["message"]["content"] == "one 1"
+
+
+@pytest.mark.parametrize("change", ["reload", "unload"])
+def test_a_request_on_its_way_to_the_engine_gets_there(http: httpx.Client, shelf: Shelf, change: str) -> None:
+    rendering, rendered = threading.Event(), threading.Event()
+    renderer = shelf.models["first"].renderer
+    encode = renderer.encode_prompt
+
+    def slowly(prompt: Prompt) -> list[int]:
+        rendering.set()
+        assert rendered.wait(20)
+        return encode(prompt)
+
+    renderer.encode_prompt = slowly  # type: ignore[method-assign]
+    answers: list[httpx.Response] = []
+    reader = threading.Thread(target=lambda: answers.append(say(http, "first")))
+    reader.start()
+    assert rendering.wait(10)
+    changing = threading.Thread(target=lambda: http.post(f"/v1/models/{change}", json={"model": "first"}))
+    changing.start()
+    wait_for(lambda: shelf.models["first"].renderer is not renderer or names(http) == [])
+    if change == "reload":  # it waits for nobody; the one of before is closed behind it
+        changing.join(10)
+    rendered.set()
+    reader.join(10)
+    changing.join(10)
+    assert answers[0].json().get("choices"), answers[0].text
 
 
 def test_of_two_reloads_at_once_no_model_stays_behind(
@@ -261,3 +291,19 @@ def test_adapters_answer_under_their_own_names(tmp_path: Path) -> None:
         assert gone.status_code == 200
         assert names(http) == ["tiny"]
         assert say(http, "tiny:style").status_code == 404
+
+
+def test_a_reload_keeps_the_adapters_of_now(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    save_lora(lora(1, LLM(base).model.config), tmp_path / "lora")
+    source = Source(str(base), "tiny", {"first": str(tmp_path / "lora")})
+    app = create_app([source], load=lambda source: LLM(source.model))
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        body = {"model": "tiny", "lora_name": "second", "lora_path": str(tmp_path / "lora")}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        gone = http.post("/v1/unload_lora_adapter", json={"model": "tiny", "lora_name": "first"})
+        assert gone.status_code == 200
+        assert http.post("/v1/models/reload", json={"model": "tiny"}).status_code == 200
+        assert names(http) == ["tiny", "tiny:second"]
+        assert say(http, "tiny:second").status_code == 200

@@ -390,3 +390,32 @@ def test_a_real_encoder_through_the_openai_client() -> None:
     assert [item.embedding for item in plain] == [item.embedding for item in data]
     assert [item["index"] for item in ranked["results"]] == [0, 1]
     assert ranked["results"][0]["relevance_score"] > 0.5 > ranked["results"][1]["relevance_score"] + 0.3
+
+
+def test_a_long_request_outlives_the_unloading_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_servable(save_encoder(tmp_path / "moods", "bad", "good"))
+    model.model_name = "moods"
+    monkeypatch.setattr(pooling, "SLICE_TOKENS", 1)
+    begun, go = threading.Event(), threading.Event()
+    judge = model.judge
+
+    def slowly(items: Any) -> Any:
+        begun.set()
+        assert go.wait(20)
+        return judge(items)
+
+    monkeypatch.setattr(model, "judge", slowly)
+    with running(create_app([model])) as url, httpx.Client(base_url=url, timeout=20) as http:
+        answers: list[httpx.Response] = []
+        body = {"model": "moods", "input": TEXTS}
+        reader = threading.Thread(target=lambda: answers.append(http.post("/v1/classify", json=body)))
+        reader.start()
+        assert begun.wait(10)
+        unloading = threading.Thread(target=lambda: http.post("/v1/models/unload", json={"model": "moods"}))
+        unloading.start()
+        wait_for(lambda: not http.get("/v1/models").json()["data"])
+        go.set()
+        reader.join(10)
+        unloading.join(10)
+        assert answers[0].status_code == 200, answers[0].text
+        assert len(answers[0].json()["data"]) == len(TEXTS)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -88,6 +88,7 @@ class ModelHost:
         self._models = dict(zip(names, models, strict=True))
         self._load_model = load
         self._slots: dict[str, Slot] = {}
+        self._retiring: list[Hosted] = []
         self._closing = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -183,7 +184,10 @@ class ModelHost:
             raise ApiError(400, f"{name} was not loaded from a source", param="model", code="not_reloadable")
         if slot.state == "loading":
             raise _not_ready(slot)
-        return await asyncio.shield(self._spawn(self._reload(slot, slot.source)))
+        source = slot.source
+        if slot.hosted is not None:  # adapters come and go after the start too
+            source = replace(source, adapters=dict(slot.hosted.adapters))
+        return await asyncio.shield(self._spawn(self._reload(slot, source)))
 
     async def _reload(self, slot: Slot, source: Source) -> ModelCard:
         name, fresh = slot.name, Slot(slot.name, source)
@@ -196,7 +200,7 @@ class ModelHost:
         # the one of now, which another reload may have put there meanwhile
         before, slot.hosted, slot.state, slot.error = slot.hosted, fresh.hosted, "ready", None
         if before is not None:
-            self._spawn(asyncio.to_thread(before.close, 3600))
+            self._spawn(self._retire(before, 3600))
         return self._cards_of(slot)[0]
 
     async def unload(self, name: str, drain_seconds: float = 30) -> None:
@@ -210,7 +214,7 @@ class ModelHost:
         others = [each.hosted for each in self._slots.values() if each is not slot and each.hosted is not None]
         del self._slots[name]
         if all(each.engine is None or each.engine is not slot.hosted.engine for each in others):
-            await asyncio.to_thread(slot.hosted.close, drain_seconds)
+            await asyncio.shield(self._spawn(self._retire(slot.hosted, drain_seconds)))
 
     async def load_adapter(self, name: str, adapter: str, path: str) -> None:
         """Load a LoRA adapter, or put a newer one in the place of one. Raises ApiError when it does not fit."""
@@ -260,7 +264,15 @@ class ModelHost:
         """Refuse new requests, let the running ones finish for so long, end the rest. Safe to call twice."""
         self._closing = True
         hosted = [slot.hosted for slot in self._slots.values() if slot.hosted is not None]
+        hosted += self._retiring
         await asyncio.gather(*(asyncio.to_thread(each.close, drain_seconds) for each in hosted))
+
+    async def _retire(self, hosted: Hosted, seconds: float) -> None:
+        self._retiring.append(hosted)
+        try:
+            await hosted.retire(seconds)
+        finally:
+            self._retiring.remove(hosted)
 
     async def _fill_or_drop(self, slot: Slot) -> None:
         await self._fill(slot)

@@ -71,6 +71,8 @@ class Hosted:
         self.model, self.name, self.kind = model, name, model.kind
         self.created = int(time.time())
         self.adapters: dict[str, str] = {}
+        self.users = 0
+        """HTTP requests that have found this model and are not over; they belong to the event loop."""
         self.engine = engine
         if self.kind == "generate":
             if try_template(model):
@@ -119,6 +121,25 @@ class Hosted:
         if self._thread is None:
             raise closing()
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+
+    def hold(self) -> Callable[[], None]:
+        """Count a request that has found this model; call what is returned when it is over."""
+        self.users += 1
+
+        def release() -> None:
+            self.users -= 1
+
+        return release
+
+    async def retire(self, seconds: float) -> None:
+        """Close once the requests that found this model are over, or after so long. New ones must not find it.
+
+        A request is on its way to the engine while its prompt is rendered: the engine alone would not wait for it.
+        """
+        deadline = time.monotonic() + seconds
+        while self.users and self.is_running and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.close, 0)
 
     def close(self, drain_seconds: float) -> None:
         """Refuse new requests, let running ones finish for so long and end the rest. Blocks; safe to call twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import Scope
@@ -26,6 +27,8 @@ class Note:
     finish_reason: str | None = None
     left: bool = False
     """Whether the client left before the end."""
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called when the request is over."""
     _seen: dict[tuple[str, int], tuple[int, float]] = field(default_factory=dict)
 
     def serve(self, model: str) -> None:
@@ -61,6 +64,8 @@ class Note:
             self.traffic.tokens[self.model, "prompt"] += self.prompt_tokens
             self.traffic.tokens[self.model, "completion"] += self.completion_tokens
             self.traffic.left[self.model] += self.left
+        for call in self.at_end:
+            call()
 
 
 def note_of(scope: Scope) -> Note:

@@ -14,6 +14,7 @@ from gristmill.serve.answering.chat import admit_chat, event_stream, field_names
 from gristmill.serve.api.common import (
     ERRORS,
     answer_while_connected,
+    hold,
     host_of,
     json_only,
     stream_while_connected,
@@ -66,6 +67,7 @@ async def routed(request: Request, body: ChatCompletionRequest) -> tuple[ChatCom
     require_model(request, body.model)
     small = host.find(found.small.model).hosted
     assert small.engine is not None
+    hold(request, small)
     try:
         work = found.choose(body.conversation(), small.engine, small.generator.renderer, body.standing)
         choice = await while_connected(request.receive, work)

@@ -16,6 +16,7 @@ from gristmill.serve.answering.jobs import Visit
 from gristmill.serve.connection import CLIENT_LEFT, EventStream, while_connected
 from gristmill.serve.errors import ApiError
 from gristmill.serve.host import ModelHost, Target
+from gristmill.serve.hosted import Hosted
 from gristmill.serve.wire.models import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -63,7 +64,13 @@ def visit_of(request: Request, name: str) -> tuple[Target, Visit]:
     require_model(request, name)
     target = host_of(request).find(name, request.state.caller.allows)
     admit(request, target.hosted)
+    hold(request, target.hosted)
     return target, Visit(request.state.note, request.state.caller, request.app.state.forbidden)
+
+
+def hold(request: Request, hosted: Hosted) -> None:
+    """Keep a model until the request is over: it may be replaced or unloaded meanwhile."""
+    request.state.note.at_end.append(hosted.hold())
 
 
 def json_answer(body: BaseModel) -> Response:
