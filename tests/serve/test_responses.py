@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_memory_holds_the_latest_and_each_owner_sees_theirs() -> None:
     for response in responses:
         memory.keep("ann", response, items_of(asked(input="x" * 500)))
         assert 0 < memory.bytes <= 10_000
-    assert memory.find("ann", responses[-1].id).response is responses[-1]
+    assert Response.model_validate_json(memory.find("ann", responses[-1].id).response) == responses[-1]
     for owner, name in (("ann", responses[0].id), ("bob", responses[-1].id)):
         with pytest.raises(ApiError) as error:
             memory.find(owner, name)
@@ -206,6 +207,26 @@ def test_memory_holds_the_latest_and_each_owner_sees_theirs() -> None:
         except ApiError:
             break
     assert memory.bytes == 0
+
+
+def test_memory_takes_what_it_counts_and_gives_back_what_it_took() -> None:
+    said = {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+    call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+    found = {"type": "function_call_output", "call_id": "c", "output": "5"}
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}], "summary": []}
+    memory = Memory()
+    tracemalloc.start()
+    try:
+        for _ in range(200):
+            answer, items = told([[Content("Well.")]])[0], items_of(asked(input=[said, call, found, thought]))
+            memory.keep("ann", answer, items)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < 2 * memory.bytes
+    *asked_for, last = memory.find("ann", answer.id).items
+    assert asked_for == items
+    assert last.model_dump(exclude_unset=True) == answer.output[0].model_dump(exclude_unset=True)
 
 
 class Kept:

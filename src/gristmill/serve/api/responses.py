@@ -22,7 +22,6 @@ from gristmill.serve.api.chat import routed
 from gristmill.serve.api.common import (
     ERRORS,
     answer_while_connected,
-    json_answer,
     json_only,
     stream_while_connected,
     visit_of,
@@ -41,13 +40,22 @@ MAX_STORED_BYTES = 64 * 2**20
 ITEMS = TypeAdapter(list[Item])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """A finished response, and the items of its conversation up to its end."""
+    """A finished response and the items of its conversation up to its end, as JSON: objects take several times that."""
 
-    response: Response
-    items: Sequence[Item]
-    bytes: int
+    response: bytes
+    conversation: bytes
+
+    @property
+    def items(self) -> list[Item]:
+        """The conversation."""
+        return ITEMS.validate_json(self.conversation)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return len(self.response) + len(self.conversation)
 
 
 class Memory:
@@ -61,12 +69,12 @@ class Memory:
     def keep(self, owner: str, response: Response, items: Sequence[Item]) -> None:
         """Store a response. `items` are those that it answers."""
         said = ITEMS.validate_python([item.model_dump(exclude_unset=True) for item in response.output])
-        whole = [*items, *said]
-        size = len(response.model_dump_json()) + len(ITEMS.dump_json(whole))
-        self._stored[owner, response.id] = Stored(response, whole, size)
-        self.bytes += size
+        conversation = ITEMS.dump_json([*items, *said], exclude_unset=True)
+        stored = Stored(response.model_dump_json(exclude_unset=True).encode(), conversation)
+        self._stored[owner, response.id] = stored
+        self.bytes += stored.size
         while self.bytes > self.max_bytes:
-            self.bytes -= self._stored.popitem(last=False)[1].bytes
+            self.bytes -= self._stored.popitem(last=False)[1].size
 
     def find(self, owner: str, name: str, param: str | None = None) -> Stored:
         """Raises ApiError 404 for a response that the owner does not have, or no longer."""
@@ -77,7 +85,7 @@ class Memory:
 
     def delete(self, owner: str, name: str) -> None:
         """Forget a response. Raises ApiError 404 as `find` does."""
-        self.bytes -= self.find(owner, name).bytes
+        self.bytes -= self.find(owner, name).size
         del self._stored[owner, name]
 
 
@@ -144,7 +152,7 @@ async def create_response(body: ResponseRequest, request: Request, memory: Memor
 @router.get("/v1/responses/{response_id}", response_model=Response, dependencies=[Depends(_no_query)])
 async def get_response(response_id: str, memory: MemoryOf, owner: Owner) -> HttpResponse:
     """A stored response."""
-    return json_answer(memory.find(owner, response_id).response)
+    return HttpResponse(memory.find(owner, response_id).response, media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}")
