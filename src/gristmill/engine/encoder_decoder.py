@@ -73,11 +73,6 @@ class EncoderDecoderRunner(TorchRunner):
             states = encode(self.encoder, [source.ids for source in new])
         return PagedMemory(self.sources, chunks, states)
 
-    @property
-    def source_bytes_per_token(self) -> int:
-        """Memory that one token of a source takes in all layers."""
-        return self.sources.bytes_per_token
-
 
 class PairForward:
     """A `Forward` of gristmill.engine.scoring: prompts are sources and completions targets, on the trainer's own path;
