@@ -8,6 +8,7 @@ from typing import Any
 
 from gristmill.engine.classifier import is_classifier, load_servable
 from gristmill.engine.encoders import is_encoder
+from gristmill.engine.metrics.memory import give_back_freed
 from gristmill.engine.scheduling.policies import policy_named
 from gristmill.errors import GristmillError
 from gristmill.serve.host import Source
@@ -62,10 +63,10 @@ class Loader:
             if self.workers and not any(map(_generates, self.sources)):
                 raise GristmillError("--workers and --ray are for models that generate; leave them out")
             theirs = {} if any(map(_generates, self.sources)) else {n: v for n, v in options.items() if n in _CHOSEN}
-            return load_servable(source.model, **{**theirs, "dtype": self.dtype})
+            return _load_here(source.model, {**theirs, "dtype": self.dtype})
         options |= {"dtype": self.dtype, "policy": policy_named("priority", ageing=1.0)}
         if not self.workers:
-            return load_servable(source.model, **options)
+            return _load_here(source.model, options)
         return start_workers(
             source.model,
             options,
@@ -74,6 +75,12 @@ class Loader:
             name=source.name,
             threads=self.threads,
         )
+
+
+def _load_here(model: str, options: Mapping[str, Any]) -> Servable:
+    loaded = load_servable(model, **options)
+    give_back_freed()
+    return loaded
 
 
 _CHOSEN = ("quantization", "kv_cache_dtype", "speculation", "max_model_len", "kv_cache_tokens")

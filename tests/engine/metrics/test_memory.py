@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gristmill.engine.metrics.memory import cache_bytes, weight_bytes
+from gristmill.engine.metrics.memory import _status, cache_bytes, give_back_freed, weight_bytes
 from gristmill.model.config import ModelConfig
 from gristmill.model.memory import SequenceCache
 from model import tiny
@@ -83,3 +84,15 @@ def test_the_peak_of_the_process_is_what_the_formulas_say() -> None:
         pytest.skip("this system does not tell")
     assert held == expected
     assert peak == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    kept = [bytearray(50_000) for _ in range(2_000)]  # 100 MB
+    del kept[:-1]  # the last one keeps glibc from returning what lies below it
+    before = _status("VmRSS")
+    give_back_freed()
+    after = _status("VmRSS")
+    assert before is not None
+    assert after is not None
+    assert before - after > 50_000_000

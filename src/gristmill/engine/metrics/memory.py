@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -50,6 +53,14 @@ class PeakMemory:
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
         highest = _status("VmHWM")
         return None if highest is None else highest - self._before
+
+
+def give_back_freed() -> None:
+    """Return to the system what this process has freed: glibc keeps it between what is in use, a quarter of all that
+    the process has after SmolLM2 was loaded. Does nothing with another C library."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int | None:

@@ -21,6 +21,7 @@ import torch
 from gristmill.core import Prompt, RequestOutput, SamplingParams
 from gristmill.engine.async_engine import AsyncEngine, EngineFailure
 from gristmill.engine.llm import LLM
+from gristmill.engine.metrics.memory import give_back_freed
 from gristmill.engine.request import Standing
 from gristmill.errors import GristmillError
 from gristmill.serve.routing.delta import shrink
@@ -72,6 +73,7 @@ class Worker:
     def __init__(self, model: str, options: Mapping[str, Any], threads: int) -> None:
         torch.set_num_threads(threads)
         self._llm = LLM(model, **options)
+        give_back_freed()
         self._engine = AsyncEngine(self._llm.engine)
 
     async def about(self) -> About:
@@ -127,7 +129,11 @@ def work(connection: Connection, model: str, options: Mapping[str, Any], threads
 
 
 async def _serve(connection: Connection, worker: Worker) -> None:
-    loop, inbox, tasks = asyncio.get_running_loop(), asyncio.Queue[Work | Call | str | None](), set()
+    loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Work | Call | str | None]()
+    tasks: dict[str | int, asyncio.Task[None]] = {}
+
+    def ended(key: str | int, _: asyncio.Task[None]) -> None:
+        tasks.pop(key, None)
 
     def read() -> None:
         """Take every message at once, so that the other side never waits for a step."""
@@ -150,11 +156,12 @@ async def _serve(connection: Connection, worker: Worker) -> None:
     threading.Thread(target=read, daemon=True).start()
     while (message := await inbox.get()) is not None:
         if isinstance(message, str):
-            await worker.abort(message)
+            if message in tasks:  # by its task: the engine may not know the request yet
+                tasks[message].cancel()
             continue
-        task = asyncio.create_task(forward(message))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        key = message.number if isinstance(message, Call) else message.request_id
+        tasks[key] = task = asyncio.create_task(forward(message))
+        task.add_done_callback(partial(ended, key))
 
 
 def _portable(error: Exception) -> Exception:
