@@ -87,9 +87,13 @@ def test_in_a_crowd_outputs_come_in_larger_pieces(
         return [output.outputs[0].text async for output in shared.generate(f"number {number}", ALL)]
 
     async def main(shared: AsyncEngine) -> list[list[str]]:
-        return await asyncio.gather(*(texts(shared, number) for number in range(callers)))
+        scripted.gate.clear()
+        tasks = [asyncio.create_task(texts(shared, number)) for number in range(callers)]
+        await until(lambda: len(scripted.added) + shared._commands.qsize() == callers)
+        scripted.gate.set()  # from the second step on they are all in it
+        return await asyncio.gather(*tasks)
 
-    scripted.step_seconds = 0.002
+    scripted.step_seconds = 0.01
     shared = AsyncEngine(scripted, pause=pause)
     seen = asyncio.run(main(shared))
     shared.close()
@@ -111,12 +115,46 @@ def test_leaving_the_iterator_early_frees_the_request(scripted: ScriptedEngine) 
     assert not scripted.live
 
 
+def test_who_reads_a_request_that_another_ends_is_told(scripted: ScriptedEngine) -> None:
+    async def main(shared: AsyncEngine) -> None:
+        scripted.gate.clear()
+        stream = await shared.submit("x", ALL, "ended")
+        shared.abort("ended")
+        scripted.gate.set()
+        with pytest.raises(EngineClosed, match="aborted"):
+            async with asyncio.timeout(10):
+                _ = [output async for output in stream]
+
+    with running(scripted) as shared:
+        asyncio.run(main(shared))
+    assert scripted.aborted == ["ended"]
+
+
+def test_of_two_closings_the_sooner_one_counts(scripted: ScriptedEngine) -> None:
+    async def main(shared: AsyncEngine) -> None:
+        scripted.gate.clear()
+        steps, step = threading.Event(), scripted.step
+        scripted.step = lambda: (steps.set(), step())[1]  # type: ignore[method-assign]
+        stream = await shared.submit("x" * 900, ALL)
+        await until(steps.is_set)
+        closings = [asyncio.create_task(asyncio.to_thread(shared.close, drain_seconds=each)) for each in (0.0, 600.0)]
+        await until(lambda: shared._commands.qsize() == 2)
+        scripted.step_seconds = 0.002
+        scripted.gate.set()
+        with pytest.raises(EngineClosed):
+            _ = [output async for output in stream]
+        await asyncio.gather(*closings)
+
+    with running(scripted) as shared:
+        asyncio.run(main(shared))
+
+
 def test_cancelling_a_task_frees_its_request_and_no_other(scripted: ScriptedEngine) -> None:
     async def main(shared: AsyncEngine) -> str:
         scripted.step_seconds = 0.002
         doomed = asyncio.create_task(last(shared, "doomed " * 100))
         other = asyncio.create_task(last(shared, "other"))
-        await until(lambda: len(scripted.live) == 2)
+        await until(lambda: len(scripted.added) == 2)
         doomed.cancel()
         with pytest.raises(asyncio.CancelledError):
             await doomed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 from fastapi import FastAPI
 
 from gristmill.serve.server import Server, Tls
@@ -26,11 +28,25 @@ def running(app: FastAPI, drain_seconds: int = 0, tls: Tls | None = None) -> Ite
             yield f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(30)
     assert not thread.is_alive()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+def leave(url: str, path: str, body: object, when: Callable[[], Any]) -> None:
+    """Post a body, and leave without an answer as soon as the condition holds."""
+
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            asked = asyncio.create_task(http.post(path, json=body))
+            await asyncio.to_thread(wait_for, when)
+            assert not asked.done()
+            asked.cancel()
+            await asyncio.wait({asked})
+
+    asyncio.run(main())
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     """Poll until the condition holds; fail after so long."""
     deadline = time.monotonic() + seconds
     while not condition():

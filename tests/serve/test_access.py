@@ -112,19 +112,19 @@ def test_a_package_that_the_server_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_tokens_are_reserved_and_settled_with_what_was_used(tmp_path: Path) -> None:
-    path, secret = key_file(tmp_path, tokens_per_minute=100, requests_per_minute=1000)
+    path, secret = key_file(tmp_path, tokens_per_day=100, requests_per_minute=1000)
     with served(guarded(Protection(keys=path)), secret) as http:
         for stream in (False, True, False):  # 90 are reserved, 10 used: 2 of the prompt and 8 generated
             answer = http.post("/say/scripted", params={"reserve": 70, "stream": stream})
             assert answer.status_code == 200
         engine = http.get("/v1/engine").headers
         assert engine["x-ratelimit-limit-tokens"] == "100"
-        assert 70 <= int(engine["x-ratelimit-remaining-tokens"]) <= 72
+        assert engine["x-ratelimit-remaining-tokens"] == "70"
         assert engine["x-ratelimit-limit-requests"] == "1000"
         assert int(engine["x-ratelimit-remaining-requests"]) >= 997
         busy = http.post("/say/scripted", params={"reserve": 95})
         assert error_of(busy) == (429, "rate_limit_exceeded")
-        assert 1 <= int(busy.headers["retry-after"]) <= 15
+        assert 20_000 < int(busy.headers["retry-after"]) <= 25 / 100 * 86_400
         assert error_of(http.post("/say/scripted", params={"reserve": 101})) == (413, "request_too_large")
 
 
@@ -136,11 +136,11 @@ def test_requests_above_the_rate_are_refused_and_looking_is_free(tmp_path: Path)
 
 
 def test_a_client_that_leaves_pays_for_what_it_got(tmp_path: Path) -> None:
-    path, secret = key_file(tmp_path, tokens_per_minute=100)
+    path, secret = key_file(tmp_path, tokens_per_day=100)
     engine = ScriptedEngine()
     app = guarded(Protection(keys=path), [ScriptedLLM(engine)])
     with served(app, secret) as http:
-        engine.step_seconds = 0.05
+        engine.step_seconds = 0.2
         with http.stream("POST", "/say/scripted", params={"reserve": 90, "stream": True}) as response:
             next(response.iter_lines())
         wait_for(lambda: engine.aborted)
@@ -228,11 +228,11 @@ def test_admin_rights_over_http(tmp_path: Path) -> None:
 
 def test_a_request_that_takes_too_long_ends() -> None:
     engine = ScriptedEngine()
-    with served(guarded(Protection(request_seconds=0.3), [ScriptedLLM(engine)])) as http:
+    with served(guarded(Protection(request_seconds=1), [ScriptedLLM(engine)])) as http:
         late = http.get("/wait")
         assert error_of(late) == (504, "request_timeout")
         assert late.headers["x-should-retry"] == "false"
-        engine.step_seconds = 0.1
+        engine.step_seconds = 0.3
         answer = http.post("/say/scripted", params={"stream": True})
         assert answer.status_code == 200
         lines = [line for line in answer.text.split("\n\n") if line]

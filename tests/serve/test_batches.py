@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from gristmill.errors import GristmillError
-from gristmill.serve.batch.batches import LATER, Batches, Reply
+from gristmill.serve.batch.batches import LATER, Batches, Reply, call
 from gristmill.serve.batch.lines import MAX_ERRORS, check_lines
 from gristmill.serve.batch.storage import Storage
 from gristmill.serve.errors import ApiError
@@ -356,11 +357,50 @@ def test_a_bug_ends_the_batch_and_not_the_server(tmp_path: Path) -> None:
     assert [error.code for error in batch.errors.data] == ["internal_error"]
 
 
-def serve_until_killed(directory: Path, log: Path) -> None:
-    """Go on with the batches of a folder; write down what is asked."""
+def test_a_line_without_an_answer_is_not_taken_for_done(tmp_path: Path) -> None:
+    async def cut(scope: object, receive: object, send: object) -> None:
+        """As the application does with a request that is cut off from within."""
 
     async def ask(owner: str, endpoint: str, body: bytes) -> Reply:
-        await asyncio.sleep(0.002)
+        return await call(cut, endpoint, body, {})
+
+    batch, _, _ = run(tmp_path, [line("a")], ask)
+    assert batch.status == "failed"
+
+
+def test_a_batch_ends_though_the_application_takes_its_cancellation_and_answers(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    async def busy(scope: object, receive: object, send: Callable[[Any], Awaitable[None]]) -> None:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"retry-after", b"0")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def ask(owner: str, endpoint: str, body: bytes) -> Reply:
+        return await call(busy, endpoint, body, {})
+
+    async def cancelled() -> None:
+        storage = Storage(tmp_path)
+        async with Batches(storage, ask) as batches:
+            batch = batches.create(request(upload(storage, [line("a")])), "")
+            await asked.wait()
+            batches.cancel(batch.id, "")
+            assert (await ended(batches, batch)).status == "cancelled"
+        storage.close()
+
+    asyncio.run(cancelled())
+
+
+def serve_until_killed(directory: Path, log: Path) -> None:
+    """Go on with the batches of a folder; write down what is asked, and stop before all is done."""
+    left = 36
+
+    async def ask(owner: str, endpoint: str, body: bytes) -> Reply:
+        nonlocal left
+        left -= 1
+        await (asyncio.sleep(0.002) if left >= 0 else asyncio.Event().wait())
         with log.open("a") as handle:
             handle.write(json.loads(body)["say"] + "\n")
         return answered(200)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -20,6 +19,13 @@ from gristmill.errors import GristmillError, MissingExtra
 from gristmill.serve.loading import parse_sources
 from serve.running import wait_for
 from serve.tiny import save_tiny_model
+
+
+def listens(url: str) -> bool:
+    """Whether there is somebody."""
+    place = httpx.URL(url)
+    with socket.socket() as client:
+        return client.connect_ex((place.host, place.port or 0)) == 0
 
 
 @pytest.mark.parametrize(("drain_seconds", "presses"), [("1", 1), ("600", 2)])
@@ -60,10 +66,11 @@ def test_it_serves_until_ctrl_c_and_tells_open_streams_so(tmp_path: Path, drain_
         reader.start()
         wait_for(lambda: lines, 30)
     finally:
-        for _ in range(presses):  # a second one does not wait
+        process.send_signal(signal.SIGINT)
+        for _ in range(presses - 1):  # a second one does not wait
+            wait_for(lambda: not listens(url[1]))
             process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
-        out, errors = process.communicate(timeout=30)
+        out, errors = process.communicate(timeout=60)
     reader.join(10)
     assert process.returncode == 0
     assert out.endswith("stopped\n")

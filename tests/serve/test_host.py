@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from gristmill import LLM
-from gristmill.core import Prompt
+from gristmill.core import Prompt, SamplingParams
 from gristmill.errors import GristmillError
-from gristmill.model.lora.peft import save_lora
 from gristmill.serve.access.protection import Protection
 from gristmill.serve.app import create_app
-from gristmill.serve.host import Source
+from gristmill.serve.host import ModelHost, Source
 from gristmill.serve.hosted import Hosted, Servable
+from gristmill.serve.routing.routed import RoutedEngine, RoutedModel
 from gristmill.serve.routing.router import parse_router
-from model.lora.adapters import lora
-from serve.running import running, wait_for
-from serve.scripted_engine import ScriptedEngine, ScriptedLLM
+from gristmill.tokens.renderer import JinjaRenderer
+from serve.running import leave, running, wait_for
+from serve.scripted_engine import ScriptedEngine, ScriptedLLM, byte_tokenizer
 from serve.test_reasoning import HI
-from serve.tiny import save_tiny_model
 
 
 class Shelf:
@@ -39,12 +39,13 @@ class Shelf:
         self.waiting = 0
 
     def __call__(self, source: Source) -> Servable:
+        say = f"{source.model} {self.version}"
         self.waiting += 1
         assert self.gate.wait(20)
         self.waiting -= 1
         if source.model == "broken":
             raise GristmillError("broken: no such model")
-        engine = ScriptedEngine(lambda prompt, say=f"{source.model} {self.version}": say)
+        engine = ScriptedEngine(lambda prompt: say)
         self.engines[source.name] = engine
         model = self.models[source.name] = ScriptedLLM(engine, source.name)
         return model
@@ -75,9 +76,25 @@ def names(http: httpx.Client) -> list[str]:
     return [card["id"] for card in http.get("/v1/models").json()["data"]]
 
 
+def hold_prompts(renderer: JinjaRenderer) -> tuple[threading.Event, threading.Event]:
+    """Two events: a prompt is being rendered; it may be done."""
+    rendering, rendered, encode = threading.Event(), threading.Event(), renderer.encode_prompt
+
+    def slowly(prompt: Prompt) -> list[int]:
+        rendering.set()
+        assert rendered.wait(20)
+        return encode(prompt)
+
+    renderer.encode_prompt = slowly  # type: ignore[method-assign]
+    return rendering, rendered
+
+
 def test_while_a_model_loads_the_server_says_so(shelf: Shelf) -> None:
     shelf.gate.clear()
-    with running(create_app([Source("one", "first")], load=shelf)) as url, httpx.Client(base_url=url) as http:
+    with (
+        running(create_app([Source("one", "first")], load=shelf)) as url,
+        httpx.Client(base_url=url, timeout=20) as http,
+    ):
         assert http.get("/health").status_code == 200
         assert http.get("/ready").status_code == 503
         answer = say(http, "first")
@@ -138,16 +155,8 @@ def test_a_reloaded_model_answers_and_the_old_one_finishes(http: httpx.Client, s
 
 @pytest.mark.parametrize("change", ["reload", "unload"])
 def test_a_request_on_its_way_to_the_engine_gets_there(http: httpx.Client, shelf: Shelf, change: str) -> None:
-    rendering, rendered = threading.Event(), threading.Event()
     renderer = shelf.models["first"].renderer
-    encode = renderer.encode_prompt
-
-    def slowly(prompt: Prompt) -> list[int]:
-        rendering.set()
-        assert rendered.wait(20)
-        return encode(prompt)
-
-    renderer.encode_prompt = slowly  # type: ignore[method-assign]
+    rendering, rendered = hold_prompts(renderer)
     answers: list[httpx.Response] = []
     reader = threading.Thread(target=lambda: answers.append(say(http, "first")))
     reader.start()
@@ -163,7 +172,30 @@ def test_a_request_on_its_way_to_the_engine_gets_there(http: httpx.Client, shelf
     assert answers[0].json().get("choices"), answers[0].text
 
 
-def test_of_two_reloads_at_once_no_model_stays_behind(
+def test_a_replaced_model_has_the_time_that_a_closing_server_gives(shelf: Shelf) -> None:
+    async def main() -> None:
+        host = ModelHost([Source("one", "first")], shelf)
+        await host.start()
+        await host.wait()
+        old, engine = host.find("first").hosted, shelf.engines["first"]
+        release = old.hold()
+        assert old.engine is not None
+        engine.gate.clear()
+        stream = await old.engine.submit("Hi", SamplingParams())
+        await host.reload("first")
+        closing = asyncio.create_task(host.close(20))
+        await asyncio.sleep(0.1)  # in which the old one may be cut
+        engine.gate.set()
+        outputs = [output async for output in stream]
+        assert outputs[-1].finished
+        release()
+        await closing
+        assert not old.is_running
+
+    asyncio.run(main())
+
+
+def test_of_two_reloads_at_once_the_later_one_counts_and_no_model_stays_behind(
     http: httpx.Client, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[Hosted] = []
@@ -174,16 +206,17 @@ def test_of_two_reloads_at_once_no_model_stays_behind(
     both = [threading.Thread(target=reload) for _ in range(2)]
     for each in both:
         each.start()
-    wait_for(lambda: shelf.waiting == 2)
+    wait_for(lambda: shelf.waiting)
+    shelf.version = 2
     shelf.gate.set()
     for each in both:
         each.join(10)
     wait_for(lambda: len(set(closed)) == 2)
-    assert said(http, "first") == "one 1"
+    assert said(http, "first") == "one 2"
 
 
 def test_a_load_that_outlasts_its_request_is_not_lost(shelf: Shelf) -> None:
-    app = create_app([Source("one", "first")], load=shelf, protection=Protection(request_seconds=0.3))
+    app = create_app([Source("one", "first")], load=shelf, protection=Protection(request_seconds=1))
     with running(app) as url, httpx.Client(base_url=url, timeout=20) as http:
         wait_for(lambda: http.get("/ready").status_code == 200)
         for model, left in (("two", ["first", "second"]), ("broken", ["first", "second"])):
@@ -207,6 +240,25 @@ def test_changes_need_json_and_a_loader(http: httpx.Client) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_reloadable")
 
 
+def test_files_that_change_while_they_are_loaded_are_loaded_anew(tmp_path: Path) -> None:
+    weights, loading, go = tmp_path / "weights", threading.Event(), threading.Event()
+    weights.write_text("1")
+
+    def load(source: Source) -> Servable:
+        read = weights.read_text()
+        loading.set()
+        assert go.wait(20)
+        return ScriptedLLM(ScriptedEngine(lambda prompt: read), source.name)
+
+    app = create_app([Source(str(tmp_path), "first")], load=load, watch_seconds=0.02)
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as http:
+        assert loading.wait(10)
+        weights.write_text("22")
+        go.set()
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        wait_for(lambda: said(http, "first") == "22")
+
+
 def test_files_that_change_are_loaded_anew(tmp_path: Path, shelf: Shelf) -> None:
     weights = tmp_path / "weights"
     weights.write_text("1")
@@ -225,7 +277,10 @@ def test_files_that_change_are_loaded_anew(tmp_path: Path, shelf: Shelf) -> None
 def test_a_router_sends_easy_and_hard_requests_to_two_models(shelf: Shelf) -> None:
     router = parse_router("name=auto,small=small,large=large,threshold=0.3,by=text")
     sources = [Source("s", "small"), Source("l", "large")]
-    with running(create_app(sources, load=shelf, routers=[router])) as url, httpx.Client(base_url=url) as http:
+    with (
+        running(create_app(sources, load=shelf, routers=[router])) as url,
+        httpx.Client(base_url=url, timeout=20) as http,
+    ):
         wait_for(lambda: http.get("/ready").status_code == 200)
         assert names(http) == ["small", "large", "auto"]
         hard = "Prove, step by step, that 1 + 2 + ... + n equals n(n+1)/2, and derive the formula for squares. " * 3
@@ -252,58 +307,30 @@ def test_a_client_that_leaves_ends_the_probe_of_its_request() -> None:
     router = parse_router("name=auto,small=small,large=large,threshold=0.3")
     app = create_app([ScriptedLLM(small, "small"), ScriptedLLM(large, "large")], routers=[router])
     small.gate.clear()
-    with running(app) as url, httpx.Client(base_url=url, timeout=20) as http:
-        with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/chat/completions", json={"model": "auto", "messages": HI}, timeout=0.3)
-        small.step_seconds = 0.1
+    with running(app) as url:
+        leave(url, "/v1/chat/completions", {"model": "auto", "messages": HI}, when=lambda: small.live)
+        wait_for(lambda: app.state.traffic.open == 0)
         small.gate.set()
         wait_for(lambda: small.aborted)
         assert not large.added
 
 
-def test_adapters_answer_under_their_own_names(tmp_path: Path) -> None:
-    llm = LLM(save_tiny_model(tmp_path / "base"))
-    llm.model_name = "tiny"
-    config = llm.model.config
-    save_lora(lora(1, config), tmp_path / "lora")
-    with running(create_app(llm)) as url, httpx.Client(base_url=url, timeout=60) as http:
+def test_workers_of_a_model_with_a_broken_template_are_ended() -> None:
+    class Replica:
+        about, is_ready, ended = SimpleNamespace(tokenizer=None, max_model_len=8, seats=1, chats=True), True, False
 
-        def answer(model: str) -> Any:
-            body = {"model": model, "messages": HI, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
-            found = http.post("/v1/chat/completions", json=body)
-            assert found.status_code == 200, found.text
-            assert found.json()["model"] == model
-            return found.json()["choices"][0]["token_ids"]
+        def close(self) -> None:
+            self.ended = True
 
-        plain = answer("tiny")
-        assert say(http, "tiny:style").status_code == 404
-        body = {"model": "tiny", "lora_name": "style", "lora_path": str(tmp_path / "lora")}
-        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
-        assert names(http) == ["tiny", "tiny:style"]
-        styled = answer("tiny:style")
-        assert styled != plain == answer("tiny")
-        save_lora(lora(2, config), tmp_path / "lora")
-        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
-        assert answer("tiny:style") != styled  # nothing of the older one is left in the prefix cache
-        wrong = http.post("/v1/load_lora_adapter", json={**body, "lora_path": str(tmp_path)})
-        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "lora_path")
-        gone = http.post("/v1/unload_lora_adapter", json={"model": "tiny", "lora_name": "style"})
-        assert gone.status_code == 200
-        assert names(http) == ["tiny"]
-        assert say(http, "tiny:style").status_code == 404
+    Replica.about.tokenizer = byte_tokenizer(template="{% broken")
+    replica = Replica()
+    model = RoutedModel("first", RoutedEngine([replica]))  # type: ignore[list-item]
 
+    async def main() -> None:
+        host = ModelHost([Source("x", "first")], lambda source: model)
+        await host.start()
+        (failed,) = await host.wait()
+        assert "template" in str(failed.error)
 
-def test_a_reload_keeps_the_adapters_of_now(tmp_path: Path) -> None:
-    base = save_tiny_model(tmp_path / "base")
-    save_lora(lora(1, LLM(base).model.config), tmp_path / "lora")
-    source = Source(str(base), "tiny", {"first": str(tmp_path / "lora")})
-    app = create_app([source], load=lambda source: LLM(source.model))
-    with running(app) as url, httpx.Client(base_url=url, timeout=60) as http:
-        wait_for(lambda: http.get("/ready").status_code == 200)
-        body = {"model": "tiny", "lora_name": "second", "lora_path": str(tmp_path / "lora")}
-        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
-        gone = http.post("/v1/unload_lora_adapter", json={"model": "tiny", "lora_name": "first"})
-        assert gone.status_code == 200
-        assert http.post("/v1/models/reload", json={"model": "tiny"}).status_code == 200
-        assert names(http) == ["tiny", "tiny:second"]
-        assert say(http, "tiny:second").status_code == 200
+    asyncio.run(main())
+    assert replica.ended

@@ -228,10 +228,9 @@ def test_a_client_that_leaves_frees_its_request_at_once(served: Served, stream: 
         )
         client.sendall(head.encode() + body)
         wait_for(lambda: served.engine.live)
+    wait_for(lambda: served.http.get("/v1/engine").json()["open_requests"] == 1)  # the question itself
     served.engine.gate.set()
-    served.engine.step_seconds = 0.05
     wait_for(lambda: len(served.engine.aborted) == 1)
-    served.engine.step_seconds = 0.0
     assert not served.engine.live
 
 
@@ -276,6 +275,48 @@ def test_a_reader_that_stops_reading_does_not_stall_another() -> None:
     assert not engine.aborted
 
 
+def test_a_request_that_is_cut_off_as_its_stream_begins_leaves_nothing() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    app = create_app(ScriptedLLM(engine))
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    sent: list[object] = []
+
+    async def main() -> None:
+        unread: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode()}]
+        begins, go = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> MutableMapping[str, Any]:
+            if unread:
+                return unread.pop()
+            try:
+                await asyncio.Event().wait()
+            finally:  # nobody need watch for the client's leaving any more: the answer is there
+                begins.set()
+                await go.wait()
+            raise AssertionError
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers, "query_string": b""}
+        async with app.router.lifespan_context(app), asyncio.timeout(20):
+            request = asyncio.create_task(app(scope, receive, send))
+            await begins.wait()
+            assert engine.live
+            request.cancel()
+            await asyncio.wait({request})
+            go.set()
+            engine.gate.set()
+            while engine.live:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert not sent
+    assert len(engine.aborted) == 1
+
+
 def test_health_and_closing() -> None:
     engine = ScriptedEngine(lambda prompt: "x" * 300)
     engine.step_seconds = 0.01
@@ -284,7 +325,9 @@ def test_health_and_closing() -> None:
             assert http.get(f"{url}/health").json() == {"status": "ok"}
             texts: list[str] = []
             body = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
-            reader = threading.Thread(target=lambda: texts.append(httpx.post(f"{url}{PATH}", json=body).text))
+            reader = threading.Thread(
+                target=lambda: texts.append(httpx.post(f"{url}{PATH}", json=body, timeout=20).text)
+            )
             reader.start()
             wait_for(lambda: engine.live)
         reader.join(10)
@@ -298,7 +341,7 @@ def test_closing_lets_a_short_answer_finish() -> None:
     with running(create_app(ScriptedLLM(engine)), drain_seconds=10) as url:
         answers: list[httpx.Response] = []
         body = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
-        reader = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}{PATH}", json=body)))
+        reader = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}{PATH}", json=body, timeout=20)))
         reader.start()
         wait_for(lambda: engine.live)
     reader.join(10)

@@ -34,7 +34,7 @@ def test_reasoning_is_told_from_the_answer(thinker: Served) -> None:
 
 
 def test_a_stream_tells_them_apart_token_by_token(thinker: Served) -> None:
-    thinker.engine.step_seconds = 0.002
+    thinker.engine.step_seconds = 0.01
     deltas = deltas_of(thinker.chat(stream=True).text)
     assert (gathered(deltas, "reasoning_content"), gathered(deltas, "content")) == ("Hm, a", "Yes.")
     kinds = ["reasoning_content" in delta for delta in deltas if delta.get("content") or "reasoning_content" in delta]

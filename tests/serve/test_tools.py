@@ -56,7 +56,7 @@ def test_a_call_is_taken_out_of_the_answer(caller: Served) -> None:
 
 
 def test_a_stream_of_calls_adds_up(caller: Served) -> None:
-    caller.engine.step_seconds = 0.001
+    caller.engine.step_seconds = 0.003
     caller.engine.script = lambda prompt: call("weather", city="Bern") + "\n" + call("clock")
     deltas = deltas_of(caller.chat(tools=[WEATHER, CLOCK], stream=True).text)
     whole = caller.chat(tools=[WEATHER, CLOCK]).json()["choices"][0]["message"]

@@ -103,6 +103,10 @@ class RequestStream:
         return output
 
     async def aclose(self) -> None:
+        """See `leave`."""
+        self.leave()
+
+    def leave(self) -> None:
         """Abort the request if it still runs. Does not wait for the engine."""
         if not self._ended:
             self._ended = True
@@ -204,8 +208,11 @@ class AsyncEngine:
         return await result
 
     def abort(self, request_id: str) -> None:
-        """End a request and free what it holds before the next step. An unknown id is ignored."""
-        self._commands.put(lambda: self._forget(request_id))
+        """End a request and free what it holds before the next step; who still reads it gets EngineClosed.
+
+        An unknown id is ignored.
+        """
+        self._commands.put(lambda: self._abort(request_id))
 
     def _command(self, command: Callable[[], None]) -> None:
         """Queue what somebody awaits. Raises EngineClosed after `close`."""
@@ -245,7 +252,7 @@ class AsyncEngine:
                 sleep = False
 
     def _stop_by(self, deadline: float) -> None:
-        self._stop_at = deadline
+        self._stop_at = deadline if self._stop_at is None else min(deadline, self._stop_at)
 
     def _admit(self, stream: RequestStream, add: Callable[[], str], admitted: asyncio.Future[None]) -> None:
         refusal: Exception | None = None
@@ -259,6 +266,12 @@ class AsyncEngine:
                 refusal = error
         if not _call(stream.loop, _settle, admitted, None, refusal) and refusal is None:
             self._forget(stream.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        stream = self._streams.get(request_id)
+        self._forget(request_id)
+        if stream is not None:
+            _call(stream.loop, stream.put, EngineClosed("the request was aborted"))
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

@@ -232,11 +232,9 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        for each in (task, watch):
-            if not each.done():
-                each.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await each
+        task.cancel()
+        watch.cancel()
+        await asyncio.wait((task, watch))  # not one by one: a cancellation of ours would look like theirs
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from gristmill.engine.async_engine import EngineClosed
 from gristmill.errors import GristmillError, closest
 from gristmill.model.lora.peft import read_lora
-from gristmill.serve.errors import ApiError
+from gristmill.serve.errors import ApiError, closing
 from gristmill.serve.hosted import Asynchronous, Hosted, Servable, ServedModel, async_engine, try_template
 from gristmill.serve.routing.router import RequestRouter
 from gristmill.serve.wire.models import ModelCard
@@ -47,6 +49,10 @@ class Slot:
     hosted: Hosted | None = None
     state: Literal["loading", "ready", "failed"] = "loading"
     error: BaseException | None = None
+    files: object = None
+    """The `fingerprint` of the source as it began to be loaded."""
+    changes: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Reloads and changes of adapters, one after the other: a model that is loaded knows no adapter that comes then."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,10 @@ class ModelHost:
     def find(self, name: str, allows: Callable[[str], bool] = lambda name: True) -> Target:
         """The model of that name, or an adapter of it for NAME:ADAPTER. allows: which names whoever asks may see.
 
-        Raises ApiError: 404 when there is none, 503 while it loads or when it failed to.
+        Raises ApiError: 404 when there is none, 503 while it loads, when it failed to and when the server closes.
         """
+        if self._closing:
+            raise closing()
         base, adapter = name, None
         if name not in self._slots and ":" in name:
             base, _, adapter = name.rpartition(":")
@@ -184,12 +192,15 @@ class ModelHost:
             raise ApiError(400, f"{name} was not loaded from a source", param="model", code="not_reloadable")
         if slot.state == "loading":
             raise _not_ready(slot)
-        source = slot.source
-        if slot.hosted is not None:  # adapters come and go after the start too
-            source = replace(source, adapters=dict(slot.hosted.adapters))
-        return await asyncio.shield(self._spawn(self._reload(slot, source)))
+        return await asyncio.shield(self._spawn(self._change(slot, self._reload(slot, slot.source))))
+
+    async def _change(self, slot: Slot, work: Coroutine[Any, Any, T]) -> T:
+        async with slot.changes:
+            return await work
 
     async def _reload(self, slot: Slot, source: Source) -> ModelCard:
+        if slot.hosted is not None:  # adapters come and go after the start too
+            source = replace(source, adapters=dict(slot.hosted.adapters))
         name, fresh = slot.name, Slot(slot.name, source)
         await self._fill(fresh)
         if fresh.hosted is None:
@@ -197,8 +208,8 @@ class ModelHost:
         if self._slots.get(name) is not slot:  # unloaded meanwhile
             await asyncio.to_thread(fresh.hosted.close, 0)
             raise ApiError(409, f"{name} was unloaded meanwhile", param="model", code="model_not_found")
-        # the one of now, which another reload may have put there meanwhile
         before, slot.hosted, slot.state, slot.error = slot.hosted, fresh.hosted, "ready", None
+        slot.files = fresh.files
         if before is not None:
             self._spawn(self._retire(before, 3600))
         return self._cards_of(slot)[0]
@@ -218,18 +229,34 @@ class ModelHost:
 
     async def load_adapter(self, name: str, adapter: str, path: str) -> None:
         """Load a LoRA adapter, or put a newer one in the place of one. Raises ApiError when it does not fit."""
-        hosted = self.find(name).hosted
-        await _load_adapter(hosted, adapter, path)
+        slot = self._slot(name)
+
+        async def load() -> None:
+            await _load_adapter(self.find(name).hosted, adapter, path)
+
+        await asyncio.shield(self._spawn(self._change(slot, load())))
 
     async def unload_adapter(self, name: str, adapter: str) -> None:
         """Forget a LoRA adapter. Raises ApiError when there is none or requests use it."""
+        slot = self._slot(name)
+        await asyncio.shield(self._spawn(self._change(slot, self._unload_adapter(name, adapter))))
+
+    async def _unload_adapter(self, name: str, adapter: str) -> None:
         hosted = self.find(f"{name}:{adapter}").hosted
         engine = cast(Any, hosted.generator.engine)
+        deadline = time.monotonic() + 1
+        while hosted.users[adapter] and time.monotonic() < deadline:  # one whose client has its answer is soon over
+            await asyncio.sleep(0.02)
+        path = hosted.adapters.pop(adapter)  # first, so that no request finds it any more
         try:
+            if hosted.users[adapter]:
+                raise GristmillError(f"requests use {adapter}")
             await hosted.run(engine.unload_adapter, adapter)
         except GristmillError as error:
+            hosted.adapters[adapter] = path
             raise ApiError(409, str(error), param="lora_name", code="adapter_in_use") from error
-        del hosted.adapters[adapter]
+        except EngineClosed as error:
+            raise closing() from error
 
     async def watch(self, seconds: float) -> None:
         """Look at the files of loaded sources every so many seconds, and reload a model whose files have changed.
@@ -237,16 +264,16 @@ class ModelHost:
         A change counts once two looks saw the same, as a checkpoint may still be being written.
         """
         seen: dict[str, object] = {}
-        served: dict[str, object] = {}
+        tried: dict[str, object] = {}
         while True:
             for name, slot in list(self._slots.items()):
                 if slot.source is None or slot.state != "ready":
                     continue
                 now = await asyncio.to_thread(fingerprint, slot.source.model)
                 settled, seen[name] = seen.get(name) == now, now
-                if not settled or served.setdefault(name, now) == now:
+                if not settled or now in (slot.files, tried.get(name, slot.files)):
                     continue
-                served[name] = now  # a model that cannot be loaded is tried again when its files change again
+                tried[name] = now  # a model that cannot be loaded is tried again when its files change again
                 try:
                     await self.reload(name)
                     logger.info("%s changed and was loaded anew", slot.source.model)
@@ -265,7 +292,7 @@ class ModelHost:
         self._closing = True
         hosted = [slot.hosted for slot in self._slots.values() if slot.hosted is not None]
         hosted += self._retiring
-        await asyncio.gather(*(asyncio.to_thread(each.close, drain_seconds) for each in hosted))
+        await asyncio.gather(*(each.retire(drain_seconds) for each in hosted))
 
     async def _retire(self, hosted: Hosted, seconds: float) -> None:
         self._retiring.append(hosted)
@@ -282,12 +309,16 @@ class ModelHost:
     async def _fill(self, slot: Slot) -> None:
         assert slot.source is not None
         assert self._load_model is not None
+        hosted: Hosted | None = None
         try:
+            slot.files = await asyncio.to_thread(fingerprint, slot.source.model)  # they may change while they are read
             model = await asyncio.to_thread(self._load_model, slot.source)
             hosted = await asyncio.to_thread(Hosted, model, slot.name)
             for adapter, path in slot.source.adapters.items():
                 await _load_adapter(hosted, adapter, path)
         except Exception as error:
+            if hosted is not None:
+                await asyncio.to_thread(hosted.close, 0)
             slot.state, slot.error = "failed", error
             logger.error("%s could not be loaded: %s", slot.source.model, error)
             return
@@ -322,6 +353,8 @@ async def _load_adapter(hosted: Hosted, adapter: str, path: str) -> None:
         await hosted.run(model.engine.load_adapter, adapter, lora)
     except GristmillError as error:
         raise ApiError(400, str(error), param="lora_path", code="load_failed") from error
+    except EngineClosed as error:
+        raise closing() from error
     hosted.adapters[adapter] = path
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, cast
 
-from gristmill.engine.async_engine import AsyncEngine, StepEngine
+from gristmill.engine.async_engine import AsyncEngine, EngineClosed, StepEngine
 from gristmill.errors import RequestError
-from gristmill.serve.errors import ApiError, closing
+from gristmill.serve.errors import ApiError
 from gristmill.serve.routing.routed import RoutedEngine
 from gristmill.serve.wire.models import Kind
 from gristmill.tokens.answer.detect import detect
@@ -71,14 +72,19 @@ class Hosted:
         self.model, self.name, self.kind = model, name, model.kind
         self.created = int(time.time())
         self.adapters: dict[str, str] = {}
-        self.users = 0
-        """HTTP requests that have found this model and are not over; they belong to the event loop."""
+        self.users: Counter[str | None] = Counter()
+        """HTTP requests that have found this model and are not over, by adapter; they belong to the event loop."""
         self.engine = engine
         if self.kind == "generate":
-            if try_template(model):
-                _ = self.answer_form  # made on first use, which must not be a request
             self.engine = engine or async_engine(cast(ServedModel, model))
+            try:
+                if try_template(model):
+                    _ = self.answer_form  # made on first use, which must not be a request
+            except BaseException:
+                self.engine.close()  # or its workers would be nobody's
+                raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{name}") if self.engine is None else None
+        self._closed = False
 
     @property
     def generator(self) -> ServedModel:
@@ -104,7 +110,7 @@ class Hosted:
     @property
     def is_running(self) -> bool:
         """Whether requests are taken."""
-        return self.engine.is_running if self.engine is not None else self._thread is not None
+        return self.engine.is_running if self.engine is not None else not self._closed
 
     @property
     def is_ready(self) -> bool:
@@ -118,36 +124,47 @@ class Hosted:
         """
         if self.engine is not None:
             return await self.engine.run(lambda: function(*arguments))
-        if self._thread is None:
-            raise closing()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+        assert self._thread is not None
 
-    def hold(self) -> Callable[[], None]:
+        def call() -> T:
+            if self._closed:  # while this waited for its turn
+                raise EngineClosed(f"{self.name} leaves")
+            return function(*arguments)
+
+        try:
+            future = self._thread.submit(call)
+        except RuntimeError as error:  # it was shut down
+            raise EngineClosed(f"{self.name} has left") from error
+        return await asyncio.wrap_future(future)
+
+    def hold(self, adapter: str | None = None) -> Callable[[], None]:
         """Count a request that has found this model; call what is returned when it is over."""
-        self.users += 1
+        self.users[adapter] += 1
 
         def release() -> None:
-            self.users -= 1
+            self.users[adapter] -= 1
 
         return release
 
     async def retire(self, seconds: float) -> None:
         """Close once the requests that found this model are over, or after so long. New ones must not find it.
 
-        A request is on its way to the engine while its prompt is rendered: the engine alone would not wait for it.
+        A request is on its way to the engine while its prompt is rendered: the engine alone would not wait for it. One
+        of another name may use the engine too, and has what is left of the time.
         """
         deadline = time.monotonic() + seconds
-        while self.users and self.is_running and time.monotonic() < deadline:
+        while self.users.total() and self.is_running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.close, 0)
+        await asyncio.to_thread(self.close, max(0.0, deadline - time.monotonic()))
 
     def close(self, drain_seconds: float) -> None:
-        """Refuse new requests, let running ones finish for so long and end the rest. Blocks; safe to call twice."""
+        """Refuse new requests, let those in the engine finish for so long and end the rest; without an engine, the one
+        that is computed finishes. Blocks; safe to call twice."""
         if self.engine is not None:
             self.engine.close(drain_seconds=drain_seconds)
-        elif (thread := self._thread) is not None:
-            self._thread = None
-            thread.shutdown(cancel_futures=True)
+        elif self._thread is not None:
+            self._closed = True
+            self._thread.shutdown()
 
 
 def try_template(model: Servable) -> bool:

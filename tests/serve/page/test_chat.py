@@ -37,7 +37,7 @@ def test_enter_sends_and_the_answer_comes_with_its_counts(page: Page, served: Se
 
 def test_stop_frees_the_engine_and_keeps_what_came(page: Page, served: Served) -> None:
     served.engine.script = lambda prompt: "on and on " * 30
-    served.engine.step_seconds = 0.01
+    served.engine.step_seconds = 0.03
     page.fill("#input", "Go")
     page.press("#input", "Enter")
     expect(page.locator(ANSWER)).to_contain_text("on and")
@@ -102,7 +102,7 @@ def test_a_refused_message_shows_why_and_can_be_edited(page: Page, served: Serve
 
 def test_a_failure_on_the_way_keeps_the_beginning(page: Page, served: Served) -> None:
     served.engine.script = lambda prompt: "slowly " * 40
-    served.engine.step_seconds = 0.01
+    served.engine.step_seconds = 0.03
     page.fill("#input", "Go")
     page.press("#input", "Enter")
     expect(page.locator(ANSWER)).to_contain_text("slowly")

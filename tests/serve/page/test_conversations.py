@@ -44,7 +44,7 @@ def test_conversations_are_kept_renamed_and_deleted(page: Page, served: Served) 
 
 def test_a_conversation_that_is_deleted_while_it_is_answered_stays_away(page: Page, served: Served) -> None:
     served.engine.script = lambda prompt: "on and on " * 30
-    served.engine.step_seconds = 0.01
+    served.engine.step_seconds = 0.03
     page.click("#toggle-conversations")
     page.fill("#input", "Go")
     page.press("#input", "Enter")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,7 +169,7 @@ def test_a_killed_worker_fails_its_own_streams_and_comes_back(model: RoutedModel
 
 
 def test_a_hung_worker_is_ended_and_comes_back(directory: Path) -> None:
-    replica = EngineProcess(str(directory), OPTIONS, threads=1, patience=1.0)
+    replica = EngineProcess(str(directory), OPTIONS, threads=1, patience=3.0)
     engine = RoutedEngine([replica])
 
     async def main() -> None:
@@ -213,3 +215,34 @@ def test_a_worker_that_cannot_begin_says_why(tmp_path: Path) -> None:
         start_workers(str(tmp_path / "nowhere"), {}, workers=1, threads=1)
     with pytest.raises(RequestError, match="at least 1"):
         start_workers(str(tmp_path), {}, workers=0)
+
+
+def test_a_worker_that_cannot_be_started_says_why(directory: Path) -> None:
+    with pytest.raises(GristmillError, match="pickle"):
+        start_workers(str(directory), {"policy": lambda: None}, workers=1, threads=1)
+
+
+def test_calls_that_hang_keep_nobody_from_closing() -> None:
+    class Stuck:
+        about, is_ready = SimpleNamespace(tokenizer=None, max_model_len=8, seats=1), True
+
+        def __init__(self) -> None:
+            self.ended = threading.Event()
+
+        def call(self, name: str) -> None:
+            self.ended.wait(20)
+            raise WorkerDied
+
+        def close(self) -> None:
+            self.ended.set()
+
+    engine = RoutedEngine([Stuck()])  # type: ignore[list-item]
+
+    async def main() -> None:
+        calls = [asyncio.ensure_future(engine.run(lambda: engine.call("embed"))) for _ in range(40)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await asyncio.to_thread(engine.close)
+        assert {type(each) for each in await asyncio.gather(*calls, return_exceptions=True)} == {WorkerDied}
+
+    asyncio.run(main())

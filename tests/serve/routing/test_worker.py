@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gristmill.core import RequestOutput, SamplingParams
 from gristmill.errors import RequestError
-from gristmill.serve.routing.worker import Work, Worker
+from gristmill.serve.routing.worker import Work, Worker, _serve
+from serve.running import wait_for
 from serve.tiny import save_tiny_model
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
@@ -74,3 +77,40 @@ def test_calls_reach_the_model_and_what_they_raise_is_an_answer(worker: Worker) 
     assert vectors.shape == (2, 32)  # type: ignore[attr-defined]
     assert isinstance(error, RequestError)
     worker.check_health()
+
+
+def test_a_request_that_is_ended_before_it_begins_or_after_leaves_nothing(worker: Worker) -> None:
+    async def main() -> None:
+        loop, read, done = asyncio.get_running_loop(), threading.Event(), threading.Event()
+        inbox: list[Any] = [work("early"), "early", work("late"), work("last", SamplingParams(max_tokens=1)), "late"]
+        sent: list[Any] = []
+
+        class Connection:
+            def send(self, message: Any) -> None:
+                sent.append(message)
+
+            def recv(self) -> Any:
+                if len(inbox) == 5:
+                    loop.call_soon_threadsafe(read.wait, 20)  # the loop takes "early" and its end at one go
+                elif len(inbox) == 3:
+                    read.set()
+                elif len(inbox) == 1:
+                    wait_for(lambda: any(item[0] == "late" for item in sent[1:]))
+                elif not inbox:
+                    assert done.wait(20)
+                    raise EOFError
+                return inbox.pop(0)
+
+        serving = asyncio.create_task(_serve(Connection(), worker))  # type: ignore[arg-type]
+        async with asyncio.timeout(20):
+            while not any(getattr(item, "finished", False) for _, item in sent[1:]):
+                await asyncio.sleep(0.005)
+            while len(asyncio.all_tasks()) > 2:  # this one and the one that serves
+                await asyncio.sleep(0.005)
+        assert not worker._llm.engine.has_unfinished()
+        done.set()
+        await serving
+        assert {name for name, _ in sent[1:]} == {"late", "last"}
+        assert not any(getattr(item, "finished", False) for name, item in sent[1:] if name == "late")
+
+    asyncio.run(main())

@@ -124,9 +124,10 @@ async def admit(
         for number, prompt in enumerate(prompts):
             name_here = identifier if len(prompts) == 1 else f"{identifier}-{number}"
             streams.append(await engine.submit(prompt, params, name_here, standing=standing, adapter=target.adapter))
+            visit.note.at_end.append(streams[-1].leave)  # however the request ends, if only before anybody reads
     except BaseException as error:
         for stream in streams:
-            await stream.aclose()
+            stream.leave()
         if isinstance(error, (RequestError, DataError)):
             raise refusal(error, fields) from error
         if isinstance(error, EngineClosed):

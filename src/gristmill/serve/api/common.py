@@ -64,13 +64,13 @@ def visit_of(request: Request, name: str) -> tuple[Target, Visit]:
     require_model(request, name)
     target = host_of(request).find(name, request.state.caller.allows)
     admit(request, target.hosted)
-    hold(request, target.hosted)
+    hold(request, target.hosted, target.adapter)
     return target, Visit(request.state.note, request.state.caller, request.app.state.forbidden)
 
 
-def hold(request: Request, hosted: Hosted) -> None:
+def hold(request: Request, hosted: Hosted, adapter: str | None = None) -> None:
     """Keep a model until the request is over: it may be replaced or unloaded meanwhile."""
-    request.state.note.at_end.append(hosted.hold())
+    request.state.note.at_end.append(hosted.hold(adapter))
 
 
 def json_answer(body: BaseModel) -> Response:

@@ -287,7 +287,9 @@ async def call(app: ASGIApp, path: str, body: bytes, state: dict[str, Any]) -> R
         sent.append(message)
 
     await app({**scope, **place, "client": None, "server": None, "state": dict(state)}, receive, send)
-    if not sent:  # the app took our cancellation for itself
-        raise asyncio.CancelledError
+    if (task := asyncio.current_task()) is not None and task.cancelling():
+        raise asyncio.CancelledError  # the app took it for itself
+    if not sent:
+        raise RuntimeError(f"{path} gave no answer")
     answered = {name.decode("latin-1"): value.decode("latin-1") for name, value in sent[0]["headers"]}
     return Reply(sent[0]["status"], answered, b"".join(message.get("body", b"") for message in sent[1:]))

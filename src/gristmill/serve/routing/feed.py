@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from gristmill.core import RequestOutput
@@ -34,7 +35,7 @@ class Feed:
 
     def send(self, item: Item) -> None:
         """`take`, from any thread. Nobody waits on a loop that is closed."""
-        if not self.stream.loop.is_closed():
+        with suppress(RuntimeError):
             self.stream.loop.call_soon_threadsafe(self.take, item)
 
     def take(self, item: Item) -> None:

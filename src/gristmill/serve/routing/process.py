@@ -88,7 +88,15 @@ class EngineProcess:
     def _supervise(self) -> None:
         pauses = 0
         while not self._closed.is_set():
-            connection = self._launch()
+            try:
+                connection = self._launch()
+            except Exception as error:  # no memory for it, or options that cannot be sent
+                logger.error("a worker cannot be started: %s", error)
+                if self._about is None:
+                    self._fail_first(GristmillError(f"a worker cannot be started: {error}"))
+                    break
+                self._closed.wait(LONGEST_PAUSE)
+                continue
             if connection is None:
                 break
             try:
@@ -113,8 +121,9 @@ class EngineProcess:
         with self._lock:
             if self._closed.is_set():
                 return None
-            self._process = context.Process(target=work, args=(other, *self._arguments), daemon=True)
-            self._process.start()
+            process = context.Process(target=work, args=(other, *self._arguments), daemon=True)
+            process.start()
+            self._process = process
         other.close()  # or the end of the process would not be the end of the connection
         return connection
 

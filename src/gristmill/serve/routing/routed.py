@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +44,7 @@ class RoutedEngine:
         """Answers that all of them compute at once."""
         self._running: dict[str, tuple[Replica, Feed]] = {}
         self._closing, self._ending = False, threading.Lock()
+        self._callers = ThreadPoolExecutor(thread_name_prefix="call")  # a worker that hangs must not take all others
 
     @property
     def is_running(self) -> bool:
@@ -96,13 +98,13 @@ class RoutedEngine:
         if request_id in self._running:
             replica, feed = self._running[request_id]
             replica.abort(request_id)
-            feed.end()
+            feed.take(EngineClosed("the request was aborted"))
 
     async def run(self, function: Callable[[], T]) -> T:
         """The result of a function that may wait for a replica, as the methods of `RoutedModel` do."""
         if self._closing:
             raise EngineClosed("the engine is closed")
-        return await asyncio.to_thread(function)
+        return await asyncio.get_running_loop().run_in_executor(self._callers, function)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What a method of the model gives, on the replica with the least to do. Blocks."""
