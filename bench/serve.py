@@ -13,6 +13,7 @@ the machine does, and the share of a core that the client took.
 
 import argparse
 import json
+import os
 import random
 import socket
 import statistics
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from common import finish
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `gristmill serve` does, before torch loads
 
 from gristmill import LLM, SamplingParams
 from gristmill.serve.app import create_app
