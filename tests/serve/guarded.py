@@ -62,8 +62,11 @@ def guarded(
         async def whole() -> Response:
             return Response([text async for text in texts()][-1], media_type="text/plain")
 
+        async def leave() -> None:
+            outputs.leave()
+
         if stream:
-            return EventStream(texts(), outputs.aclose)
+            return EventStream(texts(), leave)
         return await while_connected(request.receive, whole()) or Response(status_code=499)
 
     @app.post("/admin")

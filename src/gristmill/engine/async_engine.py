@@ -102,10 +102,6 @@ class RequestStream:
             self._arrived.set()
         return output
 
-    async def aclose(self) -> None:
-        """See `leave`."""
-        self.leave()
-
     def leave(self) -> None:
         """Abort the request if it still runs. Does not wait for the engine."""
         if not self._ended:
@@ -119,7 +115,7 @@ class RequestStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.aclose()
+        self.leave()
 
 
 CROWD = 8

@@ -122,7 +122,7 @@ def test_a_refusal_is_the_engines_own_and_leaves_nothing_behind(model: RoutedMod
         stream = await model.engine.submit("x", LONG, "twice")
         with pytest.raises(RequestError, match="already running"):
             await model.engine.submit("x", LONG, "twice")
-        await stream.aclose()
+        stream.leave()
         with pytest.raises(RequestError):
             await model.engine.run(lambda: model.embed(["x" * 400]))
 
@@ -135,7 +135,7 @@ def test_leaving_frees_the_worker_at_once(model: RoutedModel) -> None:
         for _ in range(3):
             stream = await model.engine.submit("x", LONG)
             await anext(stream)
-            await stream.aclose()
+            stream.leave()
         streams = [await model.engine.submit("y", SamplingParams(max_tokens=1)) for _ in range(4)]
         await asyncio.gather(*map(read, streams))
 

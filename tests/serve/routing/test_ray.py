@@ -56,7 +56,7 @@ def test_replicas_answer_refuse_and_forget(directory: Path, model: RoutedModel) 
         assert (refused.value.field, refused.value.code) == ("prompt", "context_length_exceeded")
         left = await engine.submit("x", LONG)
         await anext(left)
-        await left.aclose()
+        left.leave()
         return outputs
 
     for here, there in zip(LLM(directory, **OPTIONS).generate(prompts, SAMPLED), asyncio.run(main()), strict=True):

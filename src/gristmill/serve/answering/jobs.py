@@ -63,7 +63,7 @@ class Job:
     async def aclose(self) -> None:
         """End what still runs."""
         for stream in self.streams:
-            await stream.aclose()
+            stream.leave()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(number of the prompt, its output so far), as they come, until all are finished.

@@ -119,3 +119,5 @@ Text = Annotated[str, AfterValidator(_is_unicode)]
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
 Label = Annotated[str, Field(max_length=512), AfterValidator(_is_unicode)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+Metadata = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16), FewFaults]
+"""A client's own labels, as many and as long as OpenAI's."""

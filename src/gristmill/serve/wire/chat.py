@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag
 from gristmill.core import Message, StructuredOutput
 from gristmill.core import ToolCall as CoreToolCall
 from gristmill.errors import RequestError
-from gristmill.serve.wire.base import INT32, LABEL, Closed, FewFaults, JsonObject, Label, NonEmpty, Text, branch_of
+from gristmill.serve.wire.base import INT32, LABEL, Closed, JsonObject, Label, Metadata, NonEmpty, Text, branch_of
 from gristmill.serve.wire.sampling import SamplingFields
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -268,9 +268,7 @@ class ChatCompletionRequest(SamplingFields):
         None, description="Your label: prompts that begin alike are cached anyway.", json_schema_extra=LABEL
     )
     safety_identifier: Label | None = Field(None, description="Your label.", json_schema_extra=LABEL)
-    metadata: Annotated[dict[Label, Label], Field(max_length=16), FewFaults] | None = Field(
-        None, description="Your labels.", json_schema_extra=LABEL
-    )
+    metadata: Metadata | None = Field(None, description="Your labels.", json_schema_extra=LABEL)
 
     def conversation(self) -> list[Message]:
         """The messages as the chat template takes them."""

@@ -7,14 +7,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from gristmill.serve.wire.base import LABEL, Closed, FewFaults, Label
+from gristmill.serve.wire.base import LABEL, Closed, Label, Metadata
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 Purpose = Literal["batch"]
 Status = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]  # fmt: skip
-Metadata = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16), FewFaults]
 
 SECONDS = {"h": 3600, "d": 86400}
 

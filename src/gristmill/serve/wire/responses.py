@@ -8,13 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from gristmill.serve.wire.answers import TokenLogprob
-from gristmill.serve.wire.base import INT32, LABEL, Closed, FewFaults, JsonObject, Label, NonEmpty, Text, branch_of
+from gristmill.serve.wire.base import INT32, LABEL, Closed, JsonObject, Label, Metadata, NonEmpty, Text, branch_of
 from gristmill.serve.wire.chat import JsonObjectFormat, ReasoningEffort, TextFormat
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Id = Annotated[Label | None, Field(json_schema_extra=LABEL)]
 """Of an item that comes back: it stands where it stands, so its id is not looked at."""
-Metadata = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16), FewFaults]
 
 
 class InputText(Closed):
