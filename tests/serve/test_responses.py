@@ -207,6 +207,9 @@ def test_memory_holds_the_latest_and_each_owner_sees_theirs() -> None:
         except ApiError:
             break
     assert memory.bytes == 0
+    memory.keep("ann", responses[0], items_of(asked(input="x" * 10_000)))  # the conversation counts too
+    with pytest.raises(ApiError):
+        memory.find("ann", responses[0].id)
 
 
 def test_memory_takes_what_it_counts_and_gives_back_what_it_took() -> None:
